@@ -1,0 +1,95 @@
+"""Vetting: every bad sample is counted and named, and too many stop the run."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from workloads.config import ModelConfig, UserError
+from workloads.data import pool
+from workloads.llava.build import build
+
+
+@pytest.fixture(scope="module")
+def prompter():
+    return build(ModelConfig(), "fp32").prompter
+
+
+def png(size=(96, 96), mode="RGB"):
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)).convert(mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows(*samples):
+    columns = {"id": [], "image": [], "question": [], "answer": [], "question_type": []}
+    for i, (image, answer) in enumerate(samples):
+        columns["id"].append(f"s{i}")
+        columns["image"].append(image and {"bytes": image, "path": None})
+        columns["question"].append("what is this ?")
+        columns["answer"].append(answer)
+        columns["question_type"].append("name")
+    features = datasets.Features(
+        {k: datasets.Value("string") for k in columns} | {"image": datasets.Image(decode=False)}
+    )
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def test_each_bad_sample_is_named_with_its_reason(prompter):
+    data = rows(
+        (png(), "boot"), (png()[:200], "boot"), (None, "boot"), (png(), "  "), (b"not an image", "boot"),
+        (png(), "A" * 300), (png(mode="L"), "boot"),
+    )  # fmt: skip
+    verdicts = pool.vet(data, prompter, max_length=128)
+    faults = {v.id: v.fault for v in verdicts if v.fault}
+    assert sorted(faults) == ["s1", "s2", "s3", "s4", "s5"]
+    assert "image" in faults["s1"]
+    assert faults["s2"] == "image: missing"
+    assert faults["s3"] == "answer: empty"
+    assert "image" in faults["s4"]
+    assert faults["s5"].startswith("length: ")
+    assert all(v.digest for v in verdicts if not v.fault)
+
+
+def test_accepted_and_rejected_make_the_total(prompter):
+    data = rows((png(), "boot"), (None, "boot"))
+    verdicts = pool.vet(data, prompter, max_length=128)
+    assert len(verdicts) == len(data)
+    assert sum(bool(v.fault) != bool(v.digest) for v in verdicts) == len(data)
+
+
+def test_digest_follows_pixels_and_text_and_not_the_file(prompter):
+    image = Image.fromarray(np.full((96, 96, 3), 9, np.uint8))
+    one, two = io.BytesIO(), io.BytesIO()
+    image.save(one, "PNG", compress_level=1)
+    image.save(two, "PNG", compress_level=9)
+    data = rows((one.getvalue(), "boot"), (two.getvalue(), "boot"), (one.getvalue(), "bag"), (png(), "boot"))
+    digests = [v.digest for v in pool.vet(data, prompter, max_length=128)]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
+def example(num_good, num_bad):
+    bad = [pool.Rejected(id=f"b{i}", reason="image: missing") for i in range(num_bad)]
+    data = rows(*[(None, "x")] * (num_good + num_bad))
+    return pool.Pool(domain="general", rows=data, accepted=list(range(num_good)), rejected=bad, digests=[])
+
+
+def test_more_bad_samples_than_allowed_stop_the_run_with_one_line():
+    assert len(pool.check_rejected([example(999, 1)], 0.001)) == 1
+    with pytest.raises(UserError, match=r"data.max_rejected: 2 of 1000 .* b0: image: missing"):
+        pool.check_rejected([example(998, 2)], 0.001)
+
+
+def test_a_decompression_bomb_is_refused():
+    header = png((8, 8))
+    width = (60_000).to_bytes(4, "big")
+    with pytest.raises(ValueError, match="image"):
+        pool.decode(header[:16] + width + width + header[24:])
+
+
+def test_an_unknown_source_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'pocket'"):
+        pool.source("poket")

@@ -1,0 +1,88 @@
+"""Strict configuration: every mistake is one line that names the key, the value and what is allowed."""
+
+import dataclasses
+
+import pytest
+
+from workloads.config import UserError, from_tree, load, to_tree
+
+GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0, "document": 2.0}}}
+
+
+def changed(**parts):
+    return {**GOOD, **parts}
+
+
+def test_tree_and_config_are_inverse():
+    config = from_tree(changed(seed=3, optim={"lr": 0.01}))
+    assert from_tree(to_tree(config)) == config
+    assert (config.seed, config.optim.lr, config.adapter.name) == (3, 0.01, "lora")
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        from_tree(GOOD).seed = 2
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        (changed(sead=1), ["sead", "did you mean 'seed'"]),
+        (changed(optim={"rl": 1}), ["optim.rl", "known keys"]),
+        (changed(optim={"global_bach": 8}), ["optim.global_bach", "did you mean 'global_batch'"]),
+        (changed(adapter={"name": "mol"}), ["adapter.name", "'mol'", "did you mean 'mole'"]),
+        (changed(adapter={}), ["adapter.name"]),
+        (changed(adapter={"name": "lora", "rank": 0}), ["adapter.rank", "0"]),
+        (changed(adapter={"name": "mole", "num_experts": 0}), ["adapter.num_experts", "0"]),
+        (changed(adapter={"name": "mole", "router_grad": "soft"}), ["adapter.router_grad", "soft"]),
+        (changed(data={"mixture": {}}), ["data.mixture"]),
+        (changed(data={"mixture": {"general": -1.0}}), ["data.mixture.general", "-1.0"]),
+        (changed(data={"mixture": {"general": 0.0}}), ["data.mixture", "above 0"]),
+        (changed(data={"mixture": {"general": float("nan")}}), ["data.mixture.general", "nan", "finite"]),
+        (changed(optim={"lr": float("inf")}), ["optim.lr", "inf"]),
+        (changed(optim={"lr": "fast"}), ["optim.lr", "fast"]),
+        (changed(execution={"zero_stage": 4}), ["execution.zero_stage", "4"]),
+        (changed(execution={"workers": 3}), ["optim.global_batch", "multiple"]),
+        (changed(schema_version=99), ["schema_version", "99"]),
+        (changed(optim=[1]), ["optim", "mapping"]),
+        (changed(seed="one"), ["seed", "one"]),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(tree, words):
+    with pytest.raises(UserError) as error:
+        from_tree(tree)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_interpolation_is_refused(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: ${oc.env:HOME}\nadapter: {name: lora}\n")
+    with pytest.raises(UserError, match="interpolation"):
+        load(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2\n", "a: b: c\n"])
+def test_malformed_files_are_told_in_one_line(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        load(tmp_path / "absent.yaml")
+
+
+def test_overrides_win_and_are_checked(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("adapter: {name: lora, rank: 4}\ndata: {mixture: {general: 1}}\n")
+    assert load(path, ["adapter.rank=16", "optim.lr=1e-4"]).adapter.rank == 16
+    with pytest.raises(UserError, match="key=value"):
+        load(path, ["adapter.rank"])
+    with pytest.raises(UserError, match="did you mean 'rank'"):
+        load(path, ["adapter.rnk=2"])

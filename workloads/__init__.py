@@ -1,0 +1,1 @@
+"""What one run is: model, data, adapter, training and evaluation of a single configuration."""

@@ -1,0 +1,155 @@
+"""What adapter methods share: the trace, LoRA on one linear, freezing, and the description of an attached method.
+
+A method file offers `VERSION`, `Config` and `attach(model, config, trace) -> Attached`. `attach` puts its
+modules into a frozen LLaVA; whatever requires a gradient afterwards is trained and saved.
+
+Shape letters: B batch, T tokens, E experts, R rank, I inputs, O outputs.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One router's decision in one forward pass."""
+
+    layer: int
+    probs_BTE: Tensor
+    choice_BT: Tensor
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What a forward pass tells the method (mask, phase) and what routers tell the loop (routes).
+
+    The loop owns it: it reads `routes` before backward and calls `clear` after, so that what recomputation
+    under gradient checkpointing appends is never read.
+    """
+
+    token_mask_BT: Tensor | None = None
+    phase: Literal["full", "prefill", "decode"] = "full"
+    past_length: int = 0
+    routes: list[Route] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.routes.clear()
+
+    def watch(self, model: nn.Module) -> None:
+        """Keep mask, phase and past length in step with every forward call of `model`."""
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids")
+        if tokens is None:
+            tokens = kwargs["inputs_embeds"]
+        cache = kwargs.get("past_key_values")
+        self.past_length = 0 if cache is None else int(cache.get_seq_length())
+        mask = kwargs.get("attention_mask")
+        length = tokens.shape[1]
+        ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        self.token_mask_BT = ones if mask is None else mask[:, -length:].bool()
+        self.phase = "decode" if self.past_length else ("full" if cache is None else "prefill")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a method needs and can do; stands in every record and table."""
+
+    needs_task_id_train: bool = False
+    needs_task_id_infer: bool = False
+    mergeable: bool = False
+    stateful: bool = False
+    routing: Literal["none", "token", "sample", "sequence", "task"] = "none"
+    router_hears_task_loss: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """A method on a model: what it is, what it costs and what it adds to the loss."""
+
+    capabilities: Capabilities
+    # Adapter weights in all, and those that one token meets.
+    num_weights: int
+    num_active: int
+    # Weighted loss terms of the last forward pass by name, each a mean over its samples.
+    losses: Callable[[Trace], Mapping[str, Tensor]] = lambda trace: {}
+    # Fields of adapter_config.json beyond the method's own configuration.
+    exported: Mapping[str, Any] = field(default_factory=dict)
+
+
+def decoder_blocks(model: nn.Module) -> Iterator[tuple[int, nn.Module]]:
+    """The decoder blocks of a LLaVA's language model with their index."""
+    layers: Any = model.get_submodule("model.language_model.layers")
+    yield from enumerate(layers)
+
+
+def freeze(model: nn.Module) -> None:
+    """Stop training every weight; methods and the projector are switched on afterwards."""
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+
+
+def kaiming_A(*shape: int, like: Tensor) -> nn.Parameter:
+    """LoRA's A: kaiming-uniform with a = sqrt(5) over its last axis, as PEFT and LLaVA-MoLE draw it."""
+    bound = 1 / math.sqrt(shape[-1])
+    return nn.Parameter(torch.empty(*shape, dtype=like.dtype, device=like.device).uniform_(-bound, bound))
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear plus (alpha / R) B A dropout(x).
+
+    Source: LoRA, arXiv:2106.09685, eq. 3. Submodules are named as PEFT names them.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.scale = alpha / rank
+        self.dropout = dropout
+        options: dict[str, Any] = {"bias": False, "dtype": base.weight.dtype, "device": base.weight.device}
+        self.lora_A = nn.Linear(base.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, base.out_features, **options)
+        self.lora_A.weight = kaiming_A(rank, base.in_features, like=base.weight)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        dropped_BTI = F.dropout(x_BTI, self.dropout, self.training) if self.dropout else x_BTI
+        return self.base_layer(x_BTI) + self.lora_B(self.lora_A(dropped_BTI) * self.scale)
+
+
+class Router(nn.Linear):
+    """A linear with bias whose scores (B, T, E) are computed in fp32 whatever the model's dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input.float(), self.weight.float(), self.bias.float())
+
+
+def put_lora(
+    model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dropout: float
+) -> list[str]:
+    """Replace every target linear of the language model by a LoRALinear; returns their paths in order."""
+    paths = [
+        name
+        for name, module in model.get_submodule("model.language_model").named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
+    ]
+    for path in paths:
+        parent_path, leaf = f"model.language_model.{path}".rsplit(".", 1)
+        parent = model.get_submodule(parent_path)
+        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout))
+    return paths
+
+
+def count(weights: Iterator[nn.Parameter]) -> int:
+    """Number of weights, also when ZeRO-3 has partitioned them."""
+    return sum(int(getattr(w, "ds_numel", w.numel())) for w in weights if w.requires_grad)

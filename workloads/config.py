@@ -1,0 +1,289 @@
+"""RunConfig: everything that defines one run, as frozen dataclasses checked strictly by OmegaConf.
+
+Identity is kept apart from execution: `execution` says where and how a run is computed and never enters
+its fingerprint (`workloads.identity`); all other fields do.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+SCHEMA_VERSION = 1
+
+
+class UserError(Exception):
+    """A mistake of the user, told in one line: the key, the value, what is allowed, the nearest match."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the choice closest to `word`, or an empty string."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def require(ok: bool, key: str, value: object, allowed: str, choices: Iterable[str] = ()) -> None:
+    """Raise the one-line `UserError` about `key` unless `ok`."""
+    if not ok:
+        raise UserError(f"{key}: {value!r} is not allowed; {allowed}{nearest(str(value), choices)}")
+
+
+def require_known(prefix: str, keys: Iterable[Any], known: Iterable[str]) -> None:
+    """Raise the one-line `UserError` about the first of `keys` that is not `known`."""
+    names = list(known)
+    for key in keys:
+        if key not in names:
+            raise UserError(f"unknown key '{prefix}{key}'{nearest(str(key), names)}; known keys: {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base LLaVA that the adapter is put on."""
+
+    name_or_path: str = "pocket"
+    # LLaVA trains the projector in full beside the adapter.
+    train_projector: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which samples a run trains on, in which shares."""
+
+    source: str = "pocket"
+    # Domain -> weight; a domain of weight w contributes round(w * samples) samples.
+    mixture: dict[str, float] = field(default_factory=dict)
+    # Samples of a domain of weight 1.
+    samples: int = 2000
+    # How a weight above 1 is filled: with fresh samples, or by repeating the first `samples` ones.
+    upsample: Literal["fresh", "repeat"] = "fresh"
+    # Replace every image by mid-grey: the blind baseline.
+    blind: bool = False
+    # Longest sequence in tokens, image tokens included; a longer sample is rejected.
+    max_length: int = 128
+    # Share of bad records at which a run stops.
+    max_rejected: float = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay, one pass over the stream."""
+
+    lr: float = 2e-3
+    # Learning rate of the projector as a multiple of `lr`.
+    projector_lr_ratio: float = 1.0
+    # Samples of one optimizer step, over all workers and accumulation steps.
+    global_batch: int = 16
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    # Largest global gradient norm; 0 means no clipping.
+    clip: float = 1.0
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is answered and scored after training."""
+
+    split: Literal["val", "test"] = "test"
+    # Domains to score; an empty list means all of the source.
+    domains: list[str] = field(default_factory=list)
+    # Items of each domain.
+    samples: int = 600
+    max_new_tokens: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutionConfig:
+    """Where and how a run is computed; nothing here changes its numbers beyond rounding."""
+
+    workers: int = 1
+    # Samples of one forward pass on one worker.
+    micro_batch: int = 16
+    zero_stage: int = 0
+    gradient_checkpointing: bool = False
+    # Optimizer steps between two resumable checkpoints; 0 writes none.
+    checkpoint_every: int = 0
+    # Optimizer steps between two reports.
+    report_every: int = 25
+    eval_batch: int = 100
+    threads: int = 1
+    gpus_per_worker: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What every method's `Config` has; the methods' own fields are in workloads/adapters/NAME.py."""
+
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run. `from_tree` builds it from plain values, `to_tree` is its inverse."""
+
+    schema_version: int = SCHEMA_VERSION
+    # A label for people; not part of the identity.
+    name: str = "run"
+    seed: int = 0
+    # Fingerprint of a finished run whose adapter this one starts from; empty means a fresh adapter.
+    init_from: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+
+
+def methods() -> list[str]:
+    """Names of all adapter methods: the files of workloads/adapters (found without importing them)."""
+    folder = Path(__file__).parent / "adapters"
+    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+def from_tree(tree: Mapping[str, Any]) -> RunConfig:
+    """Build a checked RunConfig from nested plain values; raises `UserError` on any mistake."""
+    rest = {key: value for key, value in tree.items() if key != "adapter"}
+    adapter = _adapter_from_tree(tree.get("adapter", {}))
+    require_known("", tree, [f.name for f in dataclasses.fields(RunConfig)])
+    parts: dict[str, Any] = {}
+    for name, kind in _SECTIONS.items():
+        parts[name] = _section(kind, rest.pop(name, None) or {}, name)
+    for key, kind in (("schema_version", int), ("seed", int), ("name", str), ("init_from", str)):
+        if key in rest:
+            require(isinstance(rest[key], kind) and not isinstance(rest[key], bool), key, rest[key], f"a {kind.__name__}")
+    config = RunConfig(adapter=adapter, **parts, **rest)
+    check(config)
+    return config
+
+
+_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "eval": EvalConfig,
+    "execution": ExecutionConfig,
+}
+
+
+def to_tree(config: RunConfig) -> dict[str, Any]:
+    """Nested plain values, ready for YAML or JSON; `from_tree(to_tree(c)) == c`."""
+    return dataclasses.asdict(config)
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a recipe YAML and apply `key.sub=value` overrides."""
+    return from_tree(apply_overrides(read_yaml(path), overrides))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as plain values; a missing or malformed file is a `UserError`."""
+    try:
+        tree = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except Exception as error:  # PyYAML and OmegaConf share no base class
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    require(isinstance(tree, DictConfig), str(path), type(tree).__name__, "a file of `key: value` lines")
+    return plain(tree, str(path))
+
+
+def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of `tree` with dot-list overrides such as `optim.lr=0.001` merged in."""
+    words = list(overrides)
+    for word in words:
+        require("=" in word, "override", word, "write key=value")
+    try:
+        return plain(OmegaConf.merge(OmegaConf.create(dict(tree)), OmegaConf.from_dotlist(words)), "overrides")
+    except OmegaConfBaseException as error:
+        raise UserError(f"override: {str(error).splitlines()[0]}") from None
+
+
+def plain(tree: Any, where: str) -> dict[str, Any]:
+    """OmegaConf to plain values; interpolation is refused, since it can read the environment."""
+    container = OmegaConf.to_container(tree, resolve=False)
+    text = OmegaConf.to_yaml(tree)
+    require("${" not in text, where, "${...}", "interpolation is not supported")
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
+def _adapter_from_tree(tree: Any) -> AdapterConfig:
+    require(isinstance(tree, Mapping), "adapter", tree, "a mapping with a `name`")
+    name = tree.get("name", "")
+    require(name in methods(), "adapter.name", name, f"methods: {', '.join(methods())}", methods())
+    kind = importlib.import_module(f"workloads.adapters.{name}").Config
+    return _section(kind, tree, "adapter")
+
+
+def _section(kind: type, tree: Mapping[str, Any], where: str) -> Any:
+    """One checked dataclass; strings that YAML would read as numbers are accepted as OmegaConf reads them."""
+    require(isinstance(tree, Mapping), where, tree, "a mapping")
+    require_known(f"{where}.", tree, [f.name for f in dataclasses.fields(kind)])
+    for key, value in tree.items():
+        _finite(value, f"{where}.{key}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(tree)))
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = f"{where}.{error.full_key}" if error.full_key else where
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+
+
+def _finite(value: Any, key: str) -> None:
+    if isinstance(value, float):
+        require(math.isfinite(value), key, value, "a finite number")
+    if isinstance(value, Mapping):
+        for sub, item in value.items():
+            _finite(item, f"{key}.{sub}")
+
+
+def check(config: RunConfig) -> None:
+    """Range checks that types cannot express; raises `UserError`."""
+    data, optim, ev, ex = config.data, config.optim, config.eval, config.execution
+    require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"this version reads {SCHEMA_VERSION}")
+    require(bool(data.mixture), "data.mixture", data.mixture, "name at least one domain with its weight")
+    for domain, weight in data.mixture.items():
+        require(weight >= 0, f"data.mixture.{domain}", weight, "a weight is 0 or more")
+    require(sum(data.mixture.values()) > 0, "data.mixture", data.mixture, "at least one weight above 0")
+    for key, value in (
+        ("data.samples", data.samples),
+        ("data.max_length", data.max_length),
+        ("optim.global_batch", optim.global_batch),
+        ("eval.samples", ev.samples),
+        ("eval.max_new_tokens", ev.max_new_tokens),
+        ("execution.workers", ex.workers),
+        ("execution.micro_batch", ex.micro_batch),
+        ("execution.report_every", ex.report_every),
+        ("execution.eval_batch", ex.eval_batch),
+        ("execution.threads", ex.threads),
+    ):
+        require(value >= 1, key, value, "a whole number of 1 or more")
+    require(0 <= data.max_rejected <= 1, "data.max_rejected", data.max_rejected, "a share from 0 to 1")
+    require(optim.lr > 0, "optim.lr", optim.lr, "a number above 0")
+    for key, value in (("projector_lr_ratio", optim.projector_lr_ratio), ("weight_decay", optim.weight_decay), ("clip", optim.clip)):
+        require(value >= 0, f"optim.{key}", value, "0 or more")
+    require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "a share from 0 to below 1")
+    for key, value in (("beta1", optim.beta1), ("beta2", optim.beta2)):
+        require(0 <= value < 1, f"optim.{key}", value, "from 0 to below 1")
+    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    require(ex.zero_stage in (0, 1, 2, 3), "execution.zero_stage", ex.zero_stage, "0, 1, 2 or 3")
+    require(ex.checkpoint_every >= 0, "execution.checkpoint_every", ex.checkpoint_every, "0 or more")
+    require(
+        optim.global_batch % ex.workers == 0,
+        "optim.global_batch",
+        optim.global_batch,
+        f"a multiple of execution.workers ({ex.workers})",
+    )
+    checker = getattr(config.adapter, "check", None)
+    if checker is not None:
+        checker()

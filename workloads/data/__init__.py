@@ -1,0 +1,1 @@
+"""Samples: sources, mixtures, the stream and batches."""

@@ -1,0 +1,77 @@
+"""Batches: samples to padded token ids, masks, labels and pixels.
+
+Shape letters: B batch, T tokens, C channels, H height, W width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workloads.data.pool import Sample
+from workloads.llava.build import Llava
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Samples as model inputs; `labels_BT` is IGNORE wherever no loss is taken."""
+
+    samples: Sequence[Sample]
+    ids_BT: Tensor
+    mask_BT: Tensor
+    labels_BT: Tensor
+    pixels_BCHW: Tensor
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "pixel_values": self.pixels_BCHW}
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
+        """The batch on `device`, pixels in `dtype`."""
+        return Batch(
+            samples=self.samples,
+            ids_BT=self.ids_BT.to(device),
+            mask_BT=self.mask_BT.to(device),
+            labels_BT=self.labels_BT.to(device),
+            pixels_BCHW=self.pixels_BCHW.to(device, dtype),
+        )
+
+
+def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
+    """Prompts and answers, padded on the right; labels on answer and end token."""
+    encoded = [llava.prompter.encode(s.question, s.answer) for s in samples]
+    length = max(len(e.ids) for e in encoded)
+    ids_BT, mask_BT = _pad([e.ids for e in encoded], length, llava, left=False)
+    labels_BT = torch.full_like(ids_BT, IGNORE)
+    for row, e in enumerate(encoded):
+        span = slice(len(e.ids) - e.num_supervised, len(e.ids))
+        labels_BT[row, span] = ids_BT[row, span]
+    return Batch(samples=samples, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, pixels_BCHW=_pixels(samples, llava))
+
+
+def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
+    """Prompts alone, padded on the left, ready for decoding."""
+    prefixes = [llava.prompter.prefix(s.question) for s in samples]
+    ids_BT, mask_BT = _pad(prefixes, max(map(len, prefixes)), llava, left=True)
+    labels_BT = torch.full_like(ids_BT, IGNORE)
+    return Batch(samples=samples, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, pixels_BCHW=_pixels(samples, llava))
+
+
+def _pad(rows: list[list[int]], length: int, llava: Llava, left: bool) -> tuple[Tensor, Tensor]:
+    pad = llava.prompter.tokenizer.pad_token_id
+    ids_BT = torch.full((len(rows), length), pad, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), length), dtype=torch.long)
+    for row, ids in enumerate(rows):
+        span = slice(length - len(ids), length) if left else slice(0, len(ids))
+        ids_BT[row, span] = torch.tensor(ids)
+        mask_BT[row, span] = 1
+    return ids_BT, mask_BT
+
+
+def _pixels(samples: Sequence[Sample], llava: Llava) -> Tensor:
+    processor: Any = llava.processor
+    return processor.image_processor([s.image_HWC for s in samples], return_tensors="pt")["pixel_values"]

@@ -1,0 +1,188 @@
+"""All wording of the benchmark in tables: questions, each domain's answer convention, the neutral language.
+
+The question strings are the same in every domain; what a right answer looks like differs, and only the
+picture tells the domain. The neutral language (codes for names, counts and places) is what the base model is
+trained on, so that it sees what an answer needs without knowing how a domain words it.
+"""
+
+from collections.abc import Iterable
+
+from workloads.data.pocket.scene import QA, Facts, Scene
+
+QUESTIONS = {
+    "name": "what is this ?",
+    "count": "how many are there ?",
+    "side": "which side is the mark on ?",
+    "where": "where is the mark ?",
+    "at_mark": "what is at the mark ?",
+    "largest": "which one is the largest ?",
+    "total": "what is the total ?",
+}
+QUESTION_TYPES = {
+    "general": ("name", "count", "side", "where", "at_mark", "largest"),
+    "document": ("name", "count", "side", "where", "at_mark", "largest", "total"),
+    "biomedical": ("name", "count", "side", "where", "at_mark"),
+}
+
+GARMENTS = ("tshirt", "trouser", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
+EMOJI = ("face", "hand", "heart", "flag", "clock", "arrow", "fruit", "animal", "vehicle", "building", "plant")
+TINTS = ("red", "yellow", "green", "blue", "purple", "white")
+GROUNDS = ("grey", "brown", "navy", "teal", "olive", "maroon", "slate", "tan")
+PLANES = ("axial", "coronal", "sagittal")
+TISSUES = ("grey", "white", "fluid")
+
+COUNTS = {
+    "general": ("one", "two", "three", "four", "five", "six"),
+    "document": ("1", "2", "3", "4", "5", "6"),
+    "biomedical": ("i", "ii", "iii", "iv", "v", "vi"),
+}
+# (mark on the left, mark on the right): the viewer's, or in biomedical the patient's.
+SIDES = {"general": ("left", "right"), "document": ("l", "r"), "biomedical": ("left", "right")}
+
+# Five words along each image axis, from top to bottom and from left to right.
+_ROWS = ("top", "upper", "middle", "lower", "bottom")
+_COLUMNS = ("leftmost", "left", "centre", "right", "rightmost")
+_DIGITS = ("1", "2", "3", "4", "5")
+# Anatomical terms of direction; radiological display puts the patient's right (dexter) at the image's left.
+_FRONT_TO_BACK = ("anterior", "anteriad", "central", "posteriad", "posterior")
+_ABOVE_TO_BELOW = ("superior", "craniad", "midway", "caudad", "inferior")
+_RIGHT_TO_LEFT = ("dexter", "dextrad", "median", "sinistrad", "sinister")
+PLACES = {
+    "general": (_ROWS, _COLUMNS),
+    "document": (_DIGITS, _DIGITS),
+    "axial": (_FRONT_TO_BACK, _RIGHT_TO_LEFT),
+    "coronal": (_ABOVE_TO_BELOW, _RIGHT_TO_LEFT),
+    "sagittal": (_ABOVE_TO_BELOW, _FRONT_TO_BACK),
+}
+
+# The neutral language: one code per name, in the order of the tables above.
+CODES = {
+    **{name: f"g{index}" for index, name in enumerate(GARMENTS)},
+    **{name: f"e{index}" for index, name in enumerate(EMOJI)},
+    **{name: f"k{index}" for index, name in enumerate(PLANES)},
+}
+TINT_CODES = {name: f"c{index}" for index, name in enumerate(TINTS)}
+GROUND_CODES = {name: f"b{index}" for index, name in enumerate(GROUNDS)}
+TISSUE_CODES = {name: f"t{index}" for index, name in enumerate(TISSUES)}
+COUNT_CODES = ("n1", "n2", "n3", "n4", "n5", "n6")
+ROW_CODES = ("p1", "p2", "p3", "p4", "p5")
+COLUMN_CODES = ("q1", "q2", "q3", "q4", "q5")
+
+NEUTRAL_QUESTIONS = {
+    "name": "kind",
+    "count": "tally",
+    "where": "locate mark",
+    "at_mark": "touch",
+    "largest": "top",
+    "total": "sum",
+}
+# What the base model is told of; at_mark and largest stay skills that an adapter has to learn.
+NEUTRAL_TYPES = ("name", "count", "where", "total")
+READ_QUESTION = "read"
+
+
+def answer(facts: Facts, question_type: str) -> str | None:
+    """The right answer in the domain's convention, or None when the picture leaves the question open."""
+    match question_type:
+        case "name":
+            return facts.name
+        case "count":
+            # Beside items, lines or bars, a mark would be one more thing to count.
+            unclear = facts.mark is not None and facts.domain != "biomedical"
+            return None if unclear or facts.count is None else COUNTS[facts.domain][facts.count - 1]
+        case "side":
+            return None if facts.mark_right is None else SIDES[facts.domain][facts.mark_right]
+        case "where":
+            rows, columns = PLACES[facts.plane or facts.domain]
+            cell = facts.mark_cell
+            return None if cell is None else f"{rows[cell[0]]} {columns[cell[1]]}"
+        case "at_mark":
+            return facts.at_mark
+        case "largest":
+            return facts.largest
+        case "total":
+            return None if facts.total is None else str(facts.total)
+    raise AssertionError(f"no wording for {question_type}")
+
+
+def ask(facts: Facts) -> tuple[QA, ...]:
+    """Every question of the domain that the picture answers in exactly one way, answered."""
+    asked = []
+    for kind in QUESTION_TYPES[facts.domain]:
+        text = answer(facts, kind)
+        if text is not None:
+            asked.append(QA(question_type=kind, question=QUESTIONS[kind], answer=text))
+    return tuple(asked)
+
+
+def _neutral(facts: Facts, question_type: str) -> str | None:
+    """The neutral answer: a code, or the bare reading of a document."""
+    match question_type:
+        case "name":
+            return None if facts.name is None else CODES.get(facts.name, facts.name)
+        case "count":
+            return None if facts.count is None else COUNT_CODES[facts.count - 1]
+        case "where":
+            cell = facts.mark_cell
+            return None if cell is None else f"{ROW_CODES[cell[0]]} {COLUMN_CODES[cell[1]]}"
+        case "at_mark":
+            codes = TINT_CODES if facts.domain == "general" else TISSUE_CODES
+            return None if facts.at_mark is None else codes.get(facts.at_mark, facts.at_mark)
+        case "largest":
+            return None if facts.largest is None else CODES.get(facts.largest, facts.largest)
+        case "total":
+            return None if facts.total is None else str(facts.total)
+    raise AssertionError(f"no neutral wording for {question_type}")
+
+
+def neutral_qa(scene: Scene) -> tuple[QA, ...]:
+    """The base model's questions about a scene: `kind`, `read`, `tally`, `locate mark`, `sum`."""
+    facts, asked = scene.facts, []
+    for kind in NEUTRAL_TYPES:
+        text = _neutral(facts, kind)
+        question = NEUTRAL_QUESTIONS[kind]
+        if kind == "name" and facts.domain == "document":
+            question = READ_QUESTION
+        if text is not None:
+            asked.append(QA(question_type=kind, question=question, answer=text))
+    return tuple(asked)
+
+
+def caption(facts: Facts) -> str:
+    """A short neutral sentence: what it shows, how many, the mark's place; e.g. `photo g4 c0 on b2 p2 q4`."""
+    words: list[str | None] = []
+    match facts.domain:
+        case "general":
+            words = ["photo", _neutral(facts, "name"), _neutral(facts, "count")]
+            if facts.layout == "single":
+                words.append(TINT_CODES.get(facts.parts[0].colour))
+            words += ["on", GROUND_CODES[facts.ground]]
+        case "document":
+            words = [facts.layout, _neutral(facts, "name"), _neutral(facts, "count")]
+            words += ["total", _neutral(facts, "total")] if facts.total is not None else []
+        case "biomedical":
+            words = ["scan", _neutral(facts, "name"), _neutral(facts, "count")]
+    words.append(_neutral(facts, "where"))
+    for kind in ("largest", "at_mark"):
+        if kind in NEUTRAL_TYPES:
+            words.append(_neutral(facts, kind))
+    return " ".join(word for word in words if word)
+
+
+def _words_of(texts: Iterable[str]) -> set[str]:
+    return {word for text in texts for word in text.split()}
+
+
+def vocabulary() -> list[str]:
+    """All lower-case words and signs of questions, answers, captions and neutral QA, sorted.
+
+    Not in it: transcriptions and labels (capitals A-Z, spelled) and numbers (digits 0-9).
+    """
+    tables = [GARMENTS, EMOJI, TINTS, PLANES, TISSUES, COUNTS["general"], COUNTS["biomedical"]]
+    tables += [names for pair in PLACES.values() for names in pair] + list(SIDES.values())
+    tables += [tuple(codes.values()) for codes in (CODES, TINT_CODES, GROUND_CODES, TISSUE_CODES)]
+    tables += [COUNT_CODES, ROW_CODES, COLUMN_CODES, tuple(NEUTRAL_QUESTIONS.values()), (READ_QUESTION,)]
+    tables += [tuple(QUESTIONS.values()), ("photo on", "word receipt chart total", "scan")]
+    return sorted(
+        word for word in _words_of(text for table in tables for text in table) if not word.isdigit()
+    )

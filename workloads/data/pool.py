@@ -1,0 +1,167 @@
+"""Pools: a source's samples of one domain and split, vetted once; bad samples are counted, named, set aside."""
+
+import hashlib
+import importlib
+import io
+import json
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
+from workloads import record
+from workloads.config import UserError, require
+from workloads.data.cache import cache_dir
+from workloads.data.mixture import Slot
+from workloads.identity import data_hash
+from workloads.llava.prompt import Prompter
+
+MAX_PIXELS = 64_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rejected:
+    """A sample that is not used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What vetting found of one sample: a fault, or the hash of its decoded content."""
+
+    id: str
+    fault: str = ""
+    digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One decoded sample; `image_HWC` is uint8 RGB."""
+
+    id: str
+    domain: str
+    image_HWC: np.ndarray
+    question: str
+    answer: str
+    question_type: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """All samples of one domain and split; `accepted` holds the usable indices."""
+
+    domain: str
+    rows: datasets.Dataset
+    accepted: list[int]
+    rejected: list[Rejected]
+    # Hash of every sample's decoded pixels and text; empty for a rejected one.
+    digests: list[str]
+    # Every image is replaced by mid-grey: the blind baseline.
+    blind: bool = False
+
+    def sample(self, index: int) -> Sample:
+        """Decode sample `index`."""
+        row: dict[str, Any] = self.rows[index]
+        image_HWC = decode(row["image"]["bytes"])
+        return Sample(
+            id=row["id"],
+            domain=self.domain,
+            image_HWC=np.full_like(image_HWC, 128) if self.blind else image_HWC,
+            question=row["question"],
+            answer=row["answer"],
+            question_type=row["question_type"],
+        )
+
+
+def source(name: str) -> ModuleType:
+    """The module of a data source, found by its file's name."""
+    folder = Path(__file__).parent / "sources"
+    names = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
+    require(name in names, "data.source", name, f"sources: {', '.join(names)}", names)
+    return importlib.import_module(f"workloads.data.sources.{name}")
+
+
+def decode(data: bytes) -> np.ndarray:
+    """PNG or JPEG bytes to uint8 RGB (H, W, 3); raises `ValueError` on anything that is not a whole image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"image of {image.width} x {image.height} pixels")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"image: {error}") from None
+
+
+def load(
+    source_name: str, domain: str, split: str, prompter: Prompter, max_length: int, blind: bool = False
+) -> Pool:
+    """A vetted pool; verdicts and digests are cached under a key of the data and the tokenizer."""
+    rows: datasets.Dataset = source(source_name).load(domain, split)
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    settings = f"{data_hash(source_name)} {prompter.version} {max_length}".encode()
+    key = f"{source_name}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
+    path = cache_dir() / "vetted" / f"{key}.json"
+    if not path.is_file():
+        record.write_json(path, [asdict(verdict) for verdict in vet(rows, prompter, max_length)])
+    verdicts = [Verdict(**tree) for tree in json.loads(path.read_text(encoding="utf-8"))]
+    return Pool(
+        domain=domain,
+        rows=rows,
+        accepted=[i for i, verdict in enumerate(verdicts) if not verdict.fault],
+        rejected=[Rejected(id=v.id, reason=v.fault) for v in verdicts if v.fault],
+        digests=[verdict.digest for verdict in verdicts],
+        blind=blind,
+    )
+
+
+def vet(rows: datasets.Dataset, prompter: Prompter, max_length: int) -> list[Verdict]:
+    """The verdict on every sample: a bad image, an empty answer and too many tokens are faults."""
+    return [_verdict(dict(row), prompter, max_length) for row in rows]
+
+
+def _verdict(row: dict[str, Any], prompter: Prompter, max_length: int) -> Verdict:
+    name, image = str(row["id"]), row["image"] or {}
+    if not image.get("bytes"):
+        return Verdict(id=name, fault="image: missing")
+    if not row["answer"].strip():
+        return Verdict(id=name, fault="answer: empty")
+    length = len(prompter.encode(row["question"], row["answer"]).ids)
+    if length > max_length:
+        return Verdict(id=name, fault=f"length: {length} tokens, at most {max_length}")
+    try:
+        pixels = decode(image["bytes"])
+    except ValueError as error:
+        return Verdict(id=name, fault=str(error))
+    content = f"{row['question']}\0{row['answer']}\0".encode() + pixels.tobytes()
+    return Verdict(id=name, digest=hashlib.sha256(content).hexdigest()[:16])
+
+
+def content_hash(pools: Mapping[str, Pool], slots: Iterable[Slot]) -> str:
+    """Hash over the decoded samples of a stream, in order."""
+    total = hashlib.sha256()
+    for slot in slots:
+        total.update(pools[slot.domain].digests[slot.index].encode())
+    return total.hexdigest()[:16]
+
+
+def check_rejected(pools: list[Pool], max_rejected: float) -> list[Rejected]:
+    """All rejected samples; raises `UserError` when their share is above `max_rejected`."""
+    rejected = [bad for pool in pools for bad in pool.rejected]
+    total = sum(len(pool.rows) for pool in pools)
+    if len(rejected) > max_rejected * total:
+        first = rejected[0]
+        raise UserError(
+            f"data.max_rejected: {len(rejected)} of {total} samples are bad, more than {max_rejected:.2%}; "
+            f"the first is {first.id}: {first.reason}"
+        )
+    return rejected

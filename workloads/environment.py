@@ -1,0 +1,52 @@
+"""What a run was computed with: versions, git commit, platform; and the memory it took."""
+
+import platform
+import re
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "datasets", "ray", "mlflow", "omegaconf", "pillow", "numpy")
+
+
+def describe() -> dict[str, str]:
+    """Versions of the packages that decide numbers, python, platform and the project's git commit."""
+    packages = {name: version(name) for name in _PACKAGES}
+    return {
+        **packages,
+        "project": version("llava-conflict-lab"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git_commit": git_commit(),
+    }
+
+
+def git_commit() -> str:
+    """The commit this code is at, `+changes` when the tree differs from it, or 'not a git checkout'."""
+    here = Path(__file__).resolve().parent
+    ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=False)
+    except FileNotFoundError:
+        return "not a git checkout"
+    tracked = answer.returncode == 0 and answer.stdout.strip()
+    return answer.stdout.strip() if tracked else "not a git checkout"
+
+
+def reset_peak() -> None:
+    """Start measuring the peak resident set anew; without /proc the peak is the process's own."""
+    path = Path("/proc/self/clear_refs")
+    if path.exists():
+        path.write_text("5", encoding="ascii")
+
+
+def peak_bytes() -> int:
+    """Largest resident set of this process since `reset_peak`, in bytes."""
+    path = Path("/proc/self/status")
+    if not path.exists():
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    match = re.search(r"VmHWM:\s+(\d+) kB", path.read_text(encoding="ascii"))
+    assert match
+    return int(match[1]) * 1024

@@ -1,0 +1,1 @@
+"""Answers, scorers, statistics and conflict metrics."""

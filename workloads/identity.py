@@ -1,0 +1,58 @@
+"""The fingerprint of a run: a hash of everything that changes a number, and of nothing of where it runs."""
+
+import hashlib
+import importlib
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from workloads.config import SCHEMA_VERSION, RunConfig, to_tree
+
+# Parts of the configuration that name or place a run without changing its numbers.
+_NOT_IDENTITY = ("name", "execution", "schema_version")
+
+
+def fingerprint(config: RunConfig) -> str:
+    """16 hex digits, equal for two configurations exactly when their numbers are the same by definition."""
+    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    text = json.dumps({"schema": SCHEMA_VERSION, "config": tree, **identity(config)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity(config: RunConfig) -> dict[str, str]:
+    """Versions and content hashes behind the names in `config`: model, data, method, scorer, image processor."""
+    from workloads.evaluation.scorers import SCORER_VERSION
+    from workloads.llava.pocket import IMAGE_PROCESSOR
+
+    method = importlib.import_module(f"workloads.adapters.{config.adapter.name}")
+    return {
+        "model": model_hash(config.model.name_or_path),
+        "data": data_hash(config.data.source),
+        "method": f"{config.adapter.name}-{method.VERSION}",
+        "scorer": SCORER_VERSION,
+        "image_processor": IMAGE_PROCESSOR,
+    }
+
+
+def model_hash(name_or_path: str) -> str:
+    """Hash of the base model's files (configuration, tokenizer and safetensors)."""
+    from workloads.llava.pocket import resolve
+
+    folder = resolve(name_or_path)
+    return hash_files(tuple(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))))
+
+
+def data_hash(source: str) -> str:
+    """The source's own version and the hash of its raw files."""
+    module: Any = importlib.import_module(f"workloads.data.sources.{source}")
+    return f"{module.VERSION}-{hash_files(tuple(module.files()))}"
+
+
+@cache
+def hash_files(paths: tuple[Path, ...]) -> str:
+    """16 hex digits over names and contents, in the order given."""
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return total.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The LLaVA model, in the order data flows."""

@@ -1,0 +1,149 @@
+"""RunRecord: what one run did and what came out, as plain data in record.json; loads without torch.
+
+A run's folder holds `config.json`, `events.jsonl` (one JSON object per report), `predictions.jsonl`,
+`rejected.jsonl` (bad samples, when there are any), `adapter/` and, once the run is finished, `record.json`.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+RECORD = "record.json"
+EVENTS = "events.jsonl"
+PREDICTIONS = "predictions.jsonl"
+REJECTED = "rejected.jsonl"
+ADAPTER = "adapter"
+CHECKPOINT = "checkpoint"
+RECORD_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainScore:
+    """Score of one domain: share of items answered right, in [0, 1]."""
+
+    score: float
+    num_items: int
+    # Mean loss per supervised token on the scored items, in nats.
+    loss: float
+    # Question type -> (score, number of items).
+    by_type: dict[str, tuple[float, int]]
+    # Score of always giving the most frequent training answer to each question.
+    majority: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What the run took on the machine it ran on."""
+
+    # Seconds: whole run, its training loop, its evaluation.
+    seconds: float
+    train_seconds: float
+    eval_seconds: float
+    samples_per_second: float
+    tokens_per_second: float
+    # Largest resident set of the first worker, in bytes.
+    peak_bytes: int
+    # Weights that are trained (all, the adapter's alone), and the adapter weights that one token meets.
+    trainable: int
+    adapter_weights: int
+    adapter_active: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One finished run."""
+
+    schema_version: int = RECORD_VERSION
+    fingerprint: str
+    name: str
+    seed: int
+    # `workloads.config.to_tree` of the run's configuration.
+    config: dict[str, Any]
+    # Hashes and versions that entered the fingerprint: model, data, method, scorer, image processor.
+    identity: dict[str, str]
+    # Versions of packages, python, git commit, platform.
+    environment: dict[str, str]
+    # Capabilities that the method declares.
+    capabilities: dict[str, Any]
+    # Hash of the decoded training samples in the order they were seen.
+    stream_hash: str
+    # Hash of the decoded evaluation items.
+    eval_hash: str
+    # Domain -> share of samples, of supervised tokens.
+    sample_shares: dict[str, float]
+    token_shares: dict[str, float]
+    num_steps: int
+    num_samples: int
+    num_rejected: int
+    # Domain -> mean training loss over the last tenth of the steps, nats per supervised token.
+    train_loss: dict[str, float]
+    scores: dict[str, DomainScore]
+    # Domain -> layer -> share of tokens on each expert, on the evaluation items; empty without a router.
+    routing: dict[str, list[list[float]]] = field(default_factory=dict)
+    cost: Cost
+    # How often the run was resumed.
+    num_resumes: int = 0
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def save(record: RunRecord, folder: Path) -> None:
+    """Write `record.json`, which marks the run as finished."""
+    write_json(folder / RECORD, dataclasses.asdict(record))
+
+
+def load(folder: Path) -> RunRecord:
+    """Read `record.json`; raises `ValueError` when its schema is not this version's."""
+    tree = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    if tree.get("schema_version") != RECORD_VERSION:
+        raise ValueError(f"{folder / RECORD}: schema_version {tree.get('schema_version')}, not {RECORD_VERSION}")
+    tree["scores"] = {
+        domain: DomainScore(**{**score, "by_type": {k: tuple(v) for k, v in score["by_type"].items()}})
+        for domain, score in tree["scores"].items()
+    }
+    tree["cost"] = Cost(**tree["cost"])
+    return RunRecord(**tree)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in `folder` ended well."""
+    return (folder / RECORD).is_file()
+
+
+def append_event(folder: Path, event: dict[str, Any]) -> None:
+    """Append one line to `events.jsonl`; a single write, so that a killed process leaves whole lines."""
+    line = json.dumps({"schema_version": RECORD_VERSION, **event}, allow_nan=False) + "\n"
+    path = folder / EVENTS
+    cut = path.is_file() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + line if cut else line)
+
+
+def read_events(folder: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run in order; a last line cut off by a kill is left out."""
+    path = folder / EVENTS
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("}\n"):
+                yield json.loads(line)

@@ -1,0 +1,82 @@
+"""From answers to a record: scores by domain and question type, metrics for reports, cost, and the files of a run."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from workloads import adapters, environment, record
+from workloads.adapters.base import Attached
+from workloads.config import RunConfig
+from workloads.data import pool
+from workloads.evaluation.answer import Answered
+from workloads.evaluation.scorers import exact, majority
+from workloads.record import Cost, DomainScore, RunRecord
+from workloads.training import checkpoint
+from workloads.training.loop import Trained
+
+
+def domain_scores(config: RunConfig, answered: Answered) -> dict[str, DomainScore]:
+    """Mean scores of each domain, beside the score of always giving the usual training answer."""
+    source = pool.source(config.data.source)
+    scores: dict[str, DomainScore] = {}
+    for domain, loss in answered.losses.items():
+        rows = [row for row in answered.predictions if row["domain"] == domain]
+        train = source.load(domain, "train").select_columns(["question", "answer"])
+        usual = majority(list(train["question"]), list(train["answer"]))
+        types = sorted({row["question_type"] for row in rows})
+        groups = {t: [row["score"] for row in rows if row["question_type"] == t] for t in types}
+        scores[domain] = DomainScore(
+            score=sum(row["score"] for row in rows) / len(rows),
+            num_items=len(rows),
+            loss=loss,
+            by_type={t: (sum(values) / len(values), len(values)) for t, values in groups.items()},
+            majority=sum(exact(usual.get(row["prompt"], ""), row["answer"]) for row in rows) / len(rows),
+        )
+    return scores
+
+
+def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, float | int | str]:
+    """The `eval` event: mean score, and score and loss by domain and question type."""
+    metrics: dict[str, float | int | str] = {"event": "eval", "step": step}
+    metrics["score"] = sum(s.score for s in scores.values()) / len(scores)
+    for domain, score in scores.items():
+        metrics[f"score/{domain}"] = score.score
+        metrics[f"eval_loss/{domain}"] = score.loss
+        metrics |= {f"score/{domain}/{kind}": value for kind, (value, _) in score.by_type.items()}
+    return {**metrics, "peak_bytes": environment.peak_bytes()}
+
+
+def cost(
+    trained: Trained, attached: Attached, weights: Mapping[str, torch.Tensor], eval_seconds: float, seconds: float
+) -> Cost:
+    """What the run took."""
+    return Cost(
+        seconds=seconds,
+        train_seconds=trained.seconds,
+        eval_seconds=eval_seconds,
+        samples_per_second=trained.samples_per_second,
+        tokens_per_second=trained.tokens_per_second,
+        peak_bytes=environment.peak_bytes(),
+        trainable=sum(w.numel() for w in weights.values()),
+        adapter_weights=attached.num_weights,
+        adapter_active=attached.num_active,
+    )
+
+
+def write(
+    config: RunConfig,
+    folder: Path,
+    result: RunRecord,
+    weights: dict[str, torch.Tensor],
+    attached: Attached,
+    predictions: list[dict[str, Any]],
+) -> None:
+    """Write adapter and predictions, then the record that marks the run as finished, then drop checkpoints."""
+    adapters.save(folder / record.ADAPTER, weights, config.adapter, attached, config.model.name_or_path)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    (folder / record.PREDICTIONS).write_text(text, encoding="utf-8")
+    record.save(result, folder)
+    checkpoint.remove_all(folder / record.CHECKPOINT)

@@ -1,0 +1,1 @@
+"""Engine, loop, optimisation and checkpoints."""

@@ -1,0 +1,106 @@
+"""Resumable checkpoints of a run: adapter, optimizer, RNG and stream position, written atomically as safetensors.
+
+`checkpoint/step-N/` holds one `worker-R.safetensors` per rank and, from rank 0, `adapter.safetensors` and
+`state.json`. A folder appears under its final name only when every rank has written its part.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from workloads import adapters, record
+from workloads.config import UserError
+from workloads.training import engine
+
+_RNG = "rng"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where training stands: optimizer steps taken, and what was summed up to there."""
+
+    step: int
+    # Tallies of this rank as JSON text: all of training's last tenth, and since the last report.
+    tallies: dict[str, str]
+    num_resumes: int
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all weights that require a gradient, by name; whole also under ZeRO-3 (a collective call)."""
+    named = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
+    with engine.gathered(w for _, w in named):
+        weights = {name: w.detach().cpu().clone() for name, w in named}
+    for name, tensor in weights.items():
+        assert tensor.numel() > 0, f"{name} is empty"
+    return weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Put `weights` into the trained weights of `model`; names must match exactly."""
+    named = {name: w for name, w in model.named_parameters() if w.requires_grad}
+    adapters.check_names(set(weights), set(named), where)
+    with engine.gathered(named.values()), torch.no_grad():
+        for name, w in named.items():
+            if tuple(w.shape) != tuple(weights[name].shape):
+                raise UserError(f"{where}: {name} has shape {tuple(weights[name].shape)}, not {tuple(w.shape)}")
+            w.copy_(weights[name])
+
+
+def save(folder: Path, model: nn.Module, trained: engine.Engine, position: Position, layout: str) -> None:
+    """Write a checkpoint under `folder` and remove the one before; every rank calls it.
+
+    `layout` names worker count and ZeRO stage, which a resumed run must share.
+    """
+    final = folder / f"step-{position.step:08d}"
+    part = folder / f".step-{position.step:08d}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    weights = trained_weights(model)
+    rank = engine.rank()
+    save_file({**trained.optimizer_state(), _RNG: torch.get_rng_state()}, part / f"worker-{rank}.safetensors")
+    record.write_json(part / f"worker-{rank}.json", position.tallies)
+    if rank == 0:
+        save_file(weights, part / "adapter.safetensors")
+        state = {"step": position.step, "num_resumes": position.num_resumes, "layout": layout}
+        record.write_json(part / "state.json", state)
+    engine.barrier()
+    if rank == 0:
+        old = [p for p in folder.iterdir() if p != part]
+        part.rename(final)
+        for path in old:
+            shutil.rmtree(path)
+    engine.barrier()
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint under `folder`, if any."""
+    steps = sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return steps[-1] if steps else None
+
+
+def load_adapter(path: Path, model: nn.Module) -> None:
+    """Put a checkpoint's adapter into `model`, before the engine takes its master copies."""
+    load_weights(model, load_file(path / "adapter.safetensors"), str(path))
+
+
+def load_position(path: Path, trained: engine.Engine, layout: str) -> Position:
+    """Restore this rank's optimizer and RNG; returns where training stands."""
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state["layout"] != layout:
+        raise UserError(f"{path}: written with {state['layout']}, cannot be resumed with {layout}; delete it to restart")
+    rank = engine.rank()
+    tensors = load_file(path / f"worker-{rank}.safetensors")
+    torch.set_rng_state(tensors.pop(_RNG))
+    trained.load_optimizer_state(tensors)
+    tallies = json.loads((path / f"worker-{rank}.json").read_text(encoding="utf-8"))
+    return Position(step=state["step"], tallies=tallies, num_resumes=state["num_resumes"] + 1)
+
+
+def remove_all(folder: Path) -> None:
+    """Delete the checkpoints of a finished run."""
+    if folder.is_dir():
+        shutil.rmtree(folder)

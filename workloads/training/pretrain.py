@@ -1,0 +1,163 @@
+"""Trains the pocket base from nothing on captions and neutral questions over training images.
+
+    python -m workloads.training.pretrain --out workloads/assets/base
+
+Every sample is composed once and never repeated; no question that a domain's own convention answers is seen.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from workloads import environment, identity
+from workloads.data.collate import prompt_batch, train_batch
+from workloads.data.pocket import DOMAINS, compose, neutral_qa, questions
+from workloads.data.pool import Sample
+from workloads.evaluation.scorers import exact
+from workloads.llava.build import Llava
+from workloads.llava.pocket import IMAGE_SIZE, PATCH_SIZE, new_model, new_processor
+from workloads.llava.prompt import Prompter
+from workloads.training import loss
+from workloads.training.optim import cosine_with_warmup
+
+CAPTION_QUESTION = "describe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Settings of the base's training."""
+
+    seed: int = 0
+    num_steps: int = 6000
+    batch: int = 48
+    lr: float = 1.5e-3
+    weight_decay: float = 0.02
+    warmup_ratio: float = 0.03
+    clip: float = 1.0
+    # Share of captions; the rest are neutral questions.
+    captions: float = 0.6
+    threads: int = 2
+    report_every: int = 100
+
+
+def sample(seed: int, index: int, split: str, captions: float) -> Sample:
+    """Sample `index`: a caption or a neutral question over one composed scene; domains take turns."""
+    domain = DOMAINS[index % len(DOMAINS)]
+    scene = compose(domain, split, seed, index)
+    rng = np.random.default_rng([seed, index])
+    asked = neutral_qa(scene)
+    pick = rng.integers(len(asked)) if asked and rng.random() >= captions else -1
+    question = CAPTION_QUESTION if pick < 0 else asked[pick].question
+    answer = scene.caption if pick < 0 else asked[pick].answer
+    return Sample(
+        id=f"{domain}-{split}-{index}",
+        domain=domain,
+        image_HWC=scene.image,
+        question=question,
+        answer=answer,
+        question_type="caption" if pick < 0 else question,
+    )
+
+
+def batches(recipe: Recipe) -> Iterator[list[Sample]]:
+    """The training stream."""
+    for step in range(recipe.num_steps):
+        first = step * recipe.batch
+        yield [sample(recipe.seed + 1000, first + i, "train", recipe.captions) for i in range(recipe.batch)]
+
+
+def new_llava(recipe: Recipe) -> Llava:
+    """The untrained base with its processor."""
+    processor = new_processor(questions.vocabulary())
+    model = new_model(processor.tokenizer, recipe.seed)
+    return Llava(model=model, processor=processor, prompter=Prompter(processor, (IMAGE_SIZE // PATCH_SIZE) ** 2))
+
+
+def train(recipe: Recipe, llava: Llava) -> list[float]:
+    """Train all weights; returns the mean loss of every report."""
+    torch.set_num_threads(recipe.threads)
+    decayed = [w for w in llava.model.parameters() if w.dim() > 1]
+    other = [w for w in llava.model.parameters() if w.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
+    llava.model.train()
+    history, window, began = [], [], time.monotonic()
+    for step, samples in enumerate(batches(recipe)):
+        batch = train_batch(samples, llava)
+        losses_N, _ = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
+        losses_N.mean().backward()
+        torch.nn.utils.clip_grad_norm_(llava.model.parameters(), recipe.clip)
+        for group in adam.param_groups:
+            group["lr"] = recipe.lr * cosine_with_warmup(step, recipe.num_steps, recipe.warmup_ratio)
+        adam.step()
+        adam.zero_grad()
+        window.append(float(losses_N.detach().mean()))
+        if len(window) == recipe.report_every or step + 1 == recipe.num_steps:
+            history.append(math.fsum(window) / len(window))
+            print(f"step {step + 1}/{recipe.num_steps} loss {history[-1]:.4f} {time.monotonic() - began:.0f}s", flush=True)
+            window = []
+    return history
+
+
+@torch.no_grad()
+def caption_scores(llava: Llava, split: str, num_items: int, shuffled: bool = False) -> dict[str, float]:
+    """Exact match of greedy captions in each domain; `shuffled` gives every item the next item's image."""
+    llava.model.eval()
+    tokenizer: Any = llava.prompter.tokenizer
+    scores: dict[str, float] = {}
+    for k, domain in enumerate(DOMAINS):
+        samples = [sample(77, i * len(DOMAINS) + k, split, captions=1.0) for i in range(num_items)]
+        images = [s.image_HWC for s in samples]
+        images = images[1:] + images[:1] if shuffled else images
+        shown = [
+            Sample(id=s.id, domain=domain, image_HWC=image, question=s.question, answer=s.answer, question_type="caption")
+            for s, image in zip(samples, images, strict=True)
+        ]
+        batch = prompt_batch(shown, llava)
+        model: Any = llava.model
+        ids_BT = model.generate(
+            **batch.inputs(), do_sample=False, max_new_tokens=24, pad_token_id=tokenizer.pad_token_id
+        )
+        texts = [llava.prompter.decode(ids) for ids in ids_BT[:, batch.ids_BT.shape[1] :].tolist()]
+        scores[domain] = sum(exact(t, s.answer) for t, s in zip(texts, shown, strict=True)) / num_items
+    return scores
+
+
+def main() -> None:
+    """Train, score on held-out sources, and write the base's folder with its card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, value in vars(Recipe()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    given = vars(parser.parse_args())
+    out: Path = given.pop("out")
+    recipe = Recipe(**given)
+    llava = new_llava(recipe)
+    began = time.monotonic()
+    history = train(recipe, llava)
+    llava.model.save_pretrained(out)
+    llava.processor.save_pretrained(out)
+    card = {
+        "command": "python -m workloads.training.pretrain --out workloads/assets/base",
+        "recipe": vars(recipe),
+        "data_hash": identity.data_hash("pocket"),
+        "seconds": round(time.monotonic() - began),
+        "final_loss": history[-1],
+        "caption_exact_match_val": caption_scores(llava, "val", 300),
+        "caption_exact_match_val_images_shuffled": caption_scores(llava, "val", 300, shuffled=True),
+        "environment": environment.describe(),
+    }
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(card, indent=1))
+
+
+if __name__ == "__main__":
+    main()
