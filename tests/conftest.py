@@ -21,7 +21,12 @@ def tiny_llava():
     def make(seed: int = 0) -> LlavaForConditionalGeneration:
         torch.manual_seed(seed)
         vision = CLIPVisionConfig(
-            hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
         )
         text = LlamaConfig(
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

@@ -80,19 +80,29 @@ def layer_of(module):
     return next(i for i, names in enumerate(LAYERS) if part in names)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if module_of(p).count(".") and p.parts[len(ROOT.parts)] == "workloads"], ids=module_of)
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if module_of(p).count(".") and p.parts[len(ROOT.parts)] == "workloads"],
+    ids=module_of,
+)
 def test_layers_of_workloads_import_downwards(path):
     module = module_of(path)
     tree = ast.parse(path.read_text())
     top_level = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
     for node in top_level:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [f"{node.module}.{a.name}" for a in node.names]
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [f"{node.module}.{a.name}" for a in node.names]
+        )
         for name in names:
             if name.startswith("workloads.") and name.split(".")[1] != "__init__":
                 assert layer_of(name) <= layer_of(module), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "adapters" and p.parts[-3] == "workloads"], ids=module_of)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent.name == "adapters" and p.parts[-3] == "workloads"], ids=module_of
+)
 def test_methods_never_import_each_other(path):
     if path.stem in ("__init__", "base"):
         return
@@ -129,13 +139,14 @@ def test_inheritance_is_one_level_and_data_is_frozen(path):
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_load_without_torch_ray_or_mlflow(module):
     code = f"import sys, {module}; bad = {{'torch', 'ray', 'mlflow', 'transformers'}} & set(sys.modules); assert not bad, bad"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert answer.returncode == 0, answer.stderr
 
 
 def test_every_method_has_an_arm_and_every_arm_a_method():
     from search_spaces.adapters import ARMS
-
     from workloads.config import methods
 
     assert set(ARMS) == set(methods())

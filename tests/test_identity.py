@@ -22,7 +22,8 @@ def test_what_changes_a_number_changes_the_fingerprint(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"name": "other"}, {"execution": {"workers": 2, "zero_stage": 2, "micro_batch": 3, "threads": 2}}]
+    "change",
+    [{"name": "other"}, {"execution": {"workers": 2, "zero_stage": 2, "micro_batch": 3, "threads": 2}}],
 )
 def test_where_a_run_happens_leaves_the_fingerprint(change):
     assert fingerprint(from_tree(GOOD)) == fingerprint(from_tree({**GOOD, **change}))

@@ -18,7 +18,10 @@ def draw(L, B, T, E, seed):
 def slow_pair(probs, choice, cells):
     """Mean probability and share of each expert over (layer, sample, token) cells."""
     E = probs.shape[-1]
-    P = [sum((probs[c][j] for c in cells), torch.zeros((), dtype=torch.float64)) / max(1, len(cells)) for j in range(E)]
+    P = [
+        sum((probs[c][j] for c in cells), torch.zeros((), dtype=torch.float64)) / max(1, len(cells))
+        for j in range(E)
+    ]
     C = [sum(int(choice[c]) == j for c in cells) / max(1, len(cells)) for j in range(E)]
     return sum(p * c for p, c in zip(P, C, strict=True))
 
@@ -60,7 +63,8 @@ def test_sample_form_does_not_depend_on_how_samples_are_batched(scope):
     probs, choice, mask = draw(2, 6, 5, 3, seed=4)
     whole = routing.balance_loss(probs, choice, mask, "sample", scope)
     halves = [
-        routing.balance_loss(probs[:, s], choice[:, s], mask[s], "sample", scope) for s in (slice(0, 2), slice(2, 6))
+        routing.balance_loss(probs[:, s], choice[:, s], mask[s], "sample", scope)
+        for s in (slice(0, 2), slice(2, 6))
     ]
     torch.testing.assert_close(whole, (2 * halves[0] + 4 * halves[1]) / 6, rtol=1e-12, atol=1e-12)
 
@@ -80,7 +84,9 @@ def test_uniform_routing_gives_the_published_balanced_value(num_experts):
     probs = torch.full((1, 1, tokens, num_experts), 1 / num_experts, dtype=torch.float64)
     choice = (torch.arange(tokens) % num_experts).reshape(1, 1, tokens)
     mask = torch.ones(1, tokens, dtype=torch.bool)
-    assert float(routing.balance_loss(probs, choice, mask, "sample", "joint")) == pytest.approx(1 / num_experts)
+    assert float(routing.balance_loss(probs, choice, mask, "sample", "joint")) == pytest.approx(
+        1 / num_experts
+    )
     assert float(routing.balance_loss(probs, choice, mask, "switch", "joint")) == pytest.approx(1.0)
 
 

@@ -40,7 +40,9 @@ def require_known(prefix: str, keys: Iterable[Any], known: Iterable[str]) -> Non
     names = list(known)
     for key in keys:
         if key not in names:
-            raise UserError(f"unknown key '{prefix}{key}'{nearest(str(key), names)}; known keys: {', '.join(names)}")
+            raise UserError(
+                f"unknown key '{prefix}{key}'{nearest(str(key), names)}; known keys: {', '.join(names)}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +162,12 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         parts[name] = _section(kind, rest.pop(name, None) or {}, name)
     for key, kind in (("schema_version", int), ("seed", int), ("name", str), ("init_from", str)):
         if key in rest:
-            require(isinstance(rest[key], kind) and not isinstance(rest[key], bool), key, rest[key], f"a {kind.__name__}")
+            require(
+                isinstance(rest[key], kind) and not isinstance(rest[key], bool),
+                key,
+                rest[key],
+                f"a {kind.__name__}",
+            )
     config = RunConfig(adapter=adapter, **parts, **rest)
     check(config)
     return config
@@ -203,7 +210,9 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
     for word in words:
         require("=" in word, "override", word, "write key=value")
     try:
-        return plain(OmegaConf.merge(OmegaConf.create(dict(tree)), OmegaConf.from_dotlist(words)), "overrides")
+        return plain(
+            OmegaConf.merge(OmegaConf.create(dict(tree)), OmegaConf.from_dotlist(words)), "overrides"
+        )
     except OmegaConfBaseException as error:
         raise UserError(f"override: {str(error).splitlines()[0]}") from None
 
@@ -250,7 +259,12 @@ def _finite(value: Any, key: str) -> None:
 def check(config: RunConfig) -> None:
     """Range checks that types cannot express; raises `UserError`."""
     data, optim, ev, ex = config.data, config.optim, config.eval, config.execution
-    require(config.schema_version == SCHEMA_VERSION, "schema_version", config.schema_version, f"this version reads {SCHEMA_VERSION}")
+    require(
+        config.schema_version == SCHEMA_VERSION,
+        "schema_version",
+        config.schema_version,
+        f"this version reads {SCHEMA_VERSION}",
+    )
     require(bool(data.mixture), "data.mixture", data.mixture, "name at least one domain with its weight")
     for domain, weight in data.mixture.items():
         require(weight >= 0, f"data.mixture.{domain}", weight, "a weight is 0 or more")
@@ -270,9 +284,15 @@ def check(config: RunConfig) -> None:
         require(value >= 1, key, value, "a whole number of 1 or more")
     require(0 <= data.max_rejected <= 1, "data.max_rejected", data.max_rejected, "a share from 0 to 1")
     require(optim.lr > 0, "optim.lr", optim.lr, "a number above 0")
-    for key, value in (("projector_lr_ratio", optim.projector_lr_ratio), ("weight_decay", optim.weight_decay), ("clip", optim.clip)):
+    for key, value in (
+        ("projector_lr_ratio", optim.projector_lr_ratio),
+        ("weight_decay", optim.weight_decay),
+        ("clip", optim.clip),
+    ):
         require(value >= 0, f"optim.{key}", value, "0 or more")
-    require(0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "a share from 0 to below 1")
+    require(
+        0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "a share from 0 to below 1"
+    )
     for key, value in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         require(0 <= value < 1, f"optim.{key}", value, "from 0 to below 1")
     require(config.seed >= 0, "seed", config.seed, "0 or more")

@@ -6,7 +6,20 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "deepspeed", "datasets", "ray", "mlflow", "omegaconf", "pillow", "numpy")
+from workloads import __version__
+
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "deepspeed",
+    "datasets",
+    "ray",
+    "mlflow",
+    "omegaconf",
+    "pillow",
+    "numpy",
+)
 
 
 def describe() -> dict[str, str]:
@@ -14,7 +27,7 @@ def describe() -> dict[str, str]:
     packages = {name: version(name) for name in _PACKAGES}
     return {
         **packages,
-        "project": version("llava-conflict-lab"),
+        "project": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git_commit": git_commit(),

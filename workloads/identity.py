@@ -23,7 +23,7 @@ def fingerprint(config: RunConfig) -> str:
 def identity(config: RunConfig) -> dict[str, str]:
     """Versions and content hashes behind the names in `config`: model, data, method, scorer, image processor."""
     from workloads.evaluation.scorers import SCORER_VERSION
-    from workloads.llava.pocket import IMAGE_PROCESSOR
+    from workloads.llava.folder import IMAGE_PROCESSOR
 
     method = importlib.import_module(f"workloads.adapters.{config.adapter.name}")
     return {
@@ -37,7 +37,7 @@ def identity(config: RunConfig) -> dict[str, str]:
 
 def model_hash(name_or_path: str) -> str:
     """Hash of the base model's files (configuration, tokenizer and safetensors)."""
-    from workloads.llava.pocket import resolve
+    from workloads.llava.folder import resolve
 
     folder = resolve(name_or_path)
     return hash_files(tuple(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))))

@@ -101,6 +101,7 @@ def write_json(path: Path, value: Any) -> None:
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)  # others may read a shared root
         Path(temporary).replace(path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -115,7 +116,9 @@ def load(folder: Path) -> RunRecord:
     """Read `record.json`; raises `ValueError` when its schema is not this version's."""
     tree = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     if tree.get("schema_version") != RECORD_VERSION:
-        raise ValueError(f"{folder / RECORD}: schema_version {tree.get('schema_version')}, not {RECORD_VERSION}")
+        raise ValueError(
+            f"{folder / RECORD}: schema_version {tree.get('schema_version')}, not {RECORD_VERSION}"
+        )
     tree["scores"] = {
         domain: DomainScore(**{**score, "by_type": {k: tuple(v) for k, v in score["by_type"].items()}})
         for domain, score in tree["scores"].items()

@@ -50,7 +50,11 @@ def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, floa
 
 
 def cost(
-    trained: Trained, attached: Attached, weights: Mapping[str, torch.Tensor], eval_seconds: float, seconds: float
+    trained: Trained,
+    attached: Attached,
+    weights: Mapping[str, torch.Tensor],
+    eval_seconds: float,
+    seconds: float,
 ) -> Cost:
     """What the run took."""
     return Cost(

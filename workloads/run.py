@@ -47,15 +47,18 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     emit = _Events(folder, report)
     slow = set(llava.model.model.multi_modal_projector.parameters())
     trained_engine = engine.Engine(llava.model, config.optim, config.execution, slow)
-    trained = Loop(config, llava, attached, trace, trained_engine, pools, stream).run(folder / record.CHECKPOINT, emit)
+    trained = Loop(config, llava, attached, trace, trained_engine, pools, stream).run(
+        folder / record.CHECKPOINT, emit
+    )
     weights = checkpoint.trained_weights(llava.model)
     mark = time.monotonic()
     eval_pools, items = _eval_items(config, llava)
     answered = answer(config, llava, trace, eval_pools, items)
     eval_seconds = time.monotonic() - mark
+    optimizer_bytes = trained_engine.optimizer_bytes()
     trained_engine.close()
     scores = results.domain_scores(config, answered)
-    emit(results.eval_metrics(scores, trained.num_steps))
+    emit({**results.eval_metrics(scores, trained.num_steps), "optimizer_bytes": optimizer_bytes})
     result = RunRecord(
         fingerprint=identity.fingerprint(config),
         name=config.name,
@@ -128,7 +131,12 @@ def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Att
         checkpoint.load_adapter(path, llava.model)
     elif config.init_from:
         start = folder.parent / config.init_from / record.ADAPTER
-        require(start.is_dir(), "init_from", config.init_from, f"the fingerprint of a finished run in {folder.parent}")
+        require(
+            start.is_dir(),
+            "init_from",
+            config.init_from,
+            f"the fingerprint of a finished run in {folder.parent}",
+        )
         checkpoint.load_weights(llava.model, adapters.read(start), f"init_from {config.init_from}")
     return llava, attached
 
@@ -145,7 +153,9 @@ def _eval_items(config: RunConfig, llava: Llava) -> tuple[dict[str, Pool], dict[
     """The first usable items of every domain's split; the same for every run."""
     data, split = config.data, config.eval.split
     domains = sorted(config.eval.domains or pool.source(data.source).available(split))
-    pools = {d: pool.load(data.source, d, split, llava.prompter, data.max_length, data.blind) for d in domains}
+    pools = {
+        d: pool.load(data.source, d, split, llava.prompter, data.max_length, data.blind) for d in domains
+    }
     return pools, {d: p.accepted[: config.eval.samples] for d, p in pools.items()}
 
 

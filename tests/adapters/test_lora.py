@@ -67,8 +67,6 @@ def test_saved_lora_loads_in_peft_with_equal_logits(tiny_llava, batch, tmp_path)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-
-
 def test_adapted_linears_are_those_of_the_language_model_alone(tiny_llava):
     model = tiny_llava()
     lora.attach(model, lora.Config(rank=1), Trace())

@@ -35,6 +35,7 @@ def make_block(num_experts=3, rank=2, router_grad="hard", seed=0):
 
 def slow_block(block, x_BTD, router_grad, scale):
     """Token by token and expert by expert, from the equations; a gate's value and its gradient path are explicit."""
+
     def adapted(linear, token, gates):
         out = linear.base_layer.weight @ token
         for e, gate in enumerate(gates):
@@ -81,7 +82,12 @@ def test_block_equals_a_loop_forward_and_backward(router_grad, experts, rank, B,
     theirs = torch.autograd.grad((slow * probe).sum(), weights, allow_unused=True)
     for a, b in zip(ours, theirs, strict=True):
         zero = torch.zeros(())
-        torch.testing.assert_close(zero if a is None else a, torch.zeros_like(a) if b is None and a is not None else (zero if b is None else b), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            zero if a is None else a,
+            torch.zeros_like(a) if b is None and a is not None else (zero if b is None else b),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 @pytest.mark.parametrize("router_grad", ROUTER_GRADS)

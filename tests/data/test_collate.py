@@ -17,7 +17,9 @@ def llava():
 
 def sample(question, answer, value=0):
     image = np.full((96, 96, 3), value, np.uint8)
-    return Sample(id="s", domain="general", image_HWC=image, question=question, answer=answer, question_type="name")
+    return Sample(
+        id="s", domain="general", image_HWC=image, question=question, answer=answer, question_type="name"
+    )
 
 
 def test_labels_cover_answer_and_end_token_and_nothing_else(llava):
@@ -37,7 +39,9 @@ def test_labels_cover_answer_and_end_token_and_nothing_else(llava):
 def test_prompt_ids_equal_the_processors_own(llava):
     s = sample("what is this ?", "boot", 30)
     ours = prompt_batch([s], llava)
-    theirs = llava.processor(images=[s.image_HWC], text=[llava.prompter.prompt(s.question)], return_tensors="pt")
+    theirs = llava.processor(
+        images=[s.image_HWC], text=[llava.prompter.prompt(s.question)], return_tensors="pt"
+    )
     assert ours.ids_BT.tolist() == theirs["input_ids"].tolist()
     torch.testing.assert_close(ours.pixels_BCHW, theirs["pixel_values"])
     assert (ours.ids_BT == llava.model.config.image_token_id).sum() == 64

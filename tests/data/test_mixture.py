@@ -13,7 +13,9 @@ POOLS = {"document": range(900), "general": range(900), "biomedical": range(900)
 
 
 def config(samples=50, upsample="fresh", **weights):
-    return DataConfig(mixture=weights or {"general": 1.0, "document": 1.0}, samples=samples, upsample=upsample)
+    return DataConfig(
+        mixture=weights or {"general": 1.0, "document": 1.0}, samples=samples, upsample=upsample
+    )
 
 
 weights = st.dictionaries(st.sampled_from(sorted(POOLS)), st.sampled_from([0.5, 1.0, 2.0, 3.0]), min_size=1)

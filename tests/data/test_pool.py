@@ -19,7 +19,9 @@ def prompter():
 
 def png(size=(96, 96), mode="RGB"):
     buffer = io.BytesIO()
-    Image.fromarray(np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)).convert(mode).save(buffer, "PNG")
+    Image.fromarray(np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(*size, 3)).convert(mode).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 

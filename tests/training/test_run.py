@@ -15,7 +15,16 @@ from workloads import record
 from workloads.config import UserError
 from workloads.evaluation.scorers import exact, normalise
 
-NUMBERS = ("stream_hash", "eval_hash", "train_loss", "scores", "routing", "sample_shares", "token_shares", "num_steps")
+NUMBERS = (
+    "stream_hash",
+    "eval_hash",
+    "train_loss",
+    "scores",
+    "routing",
+    "sample_shares",
+    "token_shares",
+    "num_steps",
+)
 
 
 def numbers(result):
@@ -55,7 +64,9 @@ def test_the_folder_holds_everything_and_the_record_what_was_reported(finished):
     events = list(record.read_events(folder))
     assert [e["event"] for e in events] == ["train"] * 4 + ["eval"]
     assert [r["event"] for r in reports] == ["train"] * 4 + ["eval", "finished"]
-    assert {"adapter_model.safetensors", "adapter_config.json"} == {p.name for p in (folder / record.ADAPTER).iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} == {
+        p.name for p in (folder / record.ADAPTER).iterdir()
+    }
     assert not (folder / record.CHECKPOINT).exists()
     for layers in result.routing.values():
         assert len(layers) == 4
@@ -147,7 +158,9 @@ def test_init_from_starts_at_the_other_runs_adapter(finished, tmp_path):
     (tmp_path / result.fingerprint).symlink_to(folder)
     config = replace(small("mole", optim={"lr": 1e-12}), init_from=result.fingerprint)
     follow, _ = do(config, tmp_path / "follow")
-    assert {d: asdict(s)["score"] for d, s in follow.scores.items()} == {d: s.score for d, s in result.scores.items()}
+    assert {d: asdict(s)["score"] for d, s in follow.scores.items()} == {
+        d: s.score for d, s in result.scores.items()
+    }
     with pytest.raises(UserError, match="init_from"):
         do(replace(config, init_from="absent"), tmp_path / "none")
 
@@ -184,5 +197,3 @@ def test_mistakes_are_told_in_one_line_before_anything_is_written(sections, word
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
-
-

@@ -25,12 +25,16 @@ def attach(model: nn.Module, config: AdapterConfig, trace: Trace) -> Attached:
     return module.attach(model, config, trace)
 
 
-def save(folder: Path, weights: dict[str, Tensor], config: AdapterConfig, attached: Attached, base: str) -> None:
+def save(
+    folder: Path, weights: dict[str, Tensor], config: AdapterConfig, attached: Attached, base: str
+) -> None:
     """Write `weights` (all that was trained, by name in the model) and the configuration to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    modules = sorted({name.split(".")[1] for name in weights if name.startswith("model.multi_modal_projector")})
+    modules = sorted(
+        {name.split(".")[1] for name in weights if name.startswith("model.multi_modal_projector")}
+    )
     tree = {
         "schema_version": SCHEMA_VERSION,
         "base_model_name_or_path": base,
@@ -52,4 +56,6 @@ def check_names(given: set[str], wanted: set[str], where: str) -> None:
     """Raise `UserError` naming weights that are missing from or unknown to the model."""
     for kind, names in (("lacks", wanted - given), ("has unknown", given - wanted)):
         if names:
-            raise UserError(f"{where}: the adapter {kind} {', '.join(sorted(names)[:3])} ({len(names)} in all)")
+            raise UserError(
+                f"{where}: the adapter {kind} {', '.join(sorted(names)[:3])} ({len(names)} in all)"
+            )

@@ -54,7 +54,9 @@ class Config(AdapterConfig):
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         for key in ("num_experts", "rank_per_expert"):
-            require(getattr(self, key) >= 1, f"adapter.{key}", getattr(self, key), "a whole number of 1 or more")
+            require(
+                getattr(self, key) >= 1, f"adapter.{key}", getattr(self, key), "a whole number of 1 or more"
+            )
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
         require(self.balance_weight >= 0, "adapter.balance_weight", self.balance_weight, "0 or more")
 
@@ -70,7 +72,9 @@ class LoRAExperts(nn.Module):
         self.dropout = config.dropout
         self.top1 = config.router_grad != "dense"
         self.experts_A = kaiming_A(experts, rank, base.in_features, like=base.weight)
-        zeros_ERO = torch.zeros(experts, rank, base.out_features, dtype=base.weight.dtype, device=base.weight.device)
+        zeros_ERO = torch.zeros(
+            experts, rank, base.out_features, dtype=base.weight.dtype, device=base.weight.device
+        )
         self.experts_B = nn.Parameter(zeros_ERO)
 
     def forward(self, x_BTI: Tensor, gates_BTE: Tensor) -> Tensor:
@@ -99,7 +103,9 @@ class MoLEBlock(nn.Module):
         self.down_proj = LoRAExperts(base.down_proj, config)
         self.act_fn = base.act_fn
         weight = base.gate_proj.weight
-        self.router = Router(base.gate_proj.in_features, config.num_experts, dtype=weight.dtype, device=weight.device)
+        self.router = Router(
+            base.gate_proj.in_features, config.num_experts, dtype=weight.dtype, device=weight.device
+        )
         self.router_grad: routing.RouterGrad = config.router_grad
         self.trace = trace
         self.layer = layer

@@ -50,7 +50,13 @@ def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     for row, e in enumerate(encoded):
         span = slice(len(e.ids) - e.num_supervised, len(e.ids))
         labels_BT[row, span] = ids_BT[row, span]
-    return Batch(samples=samples, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, pixels_BCHW=_pixels(samples, llava))
+    return Batch(
+        samples=samples,
+        ids_BT=ids_BT,
+        mask_BT=mask_BT,
+        labels_BT=labels_BT,
+        pixels_BCHW=_pixels(samples, llava),
+    )
 
 
 def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
@@ -58,7 +64,13 @@ def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     prefixes = [llava.prompter.prefix(s.question) for s in samples]
     ids_BT, mask_BT = _pad(prefixes, max(map(len, prefixes)), llava, left=True)
     labels_BT = torch.full_like(ids_BT, IGNORE)
-    return Batch(samples=samples, ids_BT=ids_BT, mask_BT=mask_BT, labels_BT=labels_BT, pixels_BCHW=_pixels(samples, llava))
+    return Batch(
+        samples=samples,
+        ids_BT=ids_BT,
+        mask_BT=mask_BT,
+        labels_BT=labels_BT,
+        pixels_BCHW=_pixels(samples, llava),
+    )
 
 
 def _pad(rows: list[list[int]], length: int, llava: Llava, left: bool) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,9 @@ def _pick(config: DataConfig, domain: str, accepted: Sequence[int], needed: int,
     """Pool indices of a domain's samples in order: a seeded permutation, repeated when up-sampled by repeating."""
     order = _random(seed, _PICK, domain).permutation(np.asarray(accepted))
     fresh = needed if config.upsample == "fresh" else min(needed, config.samples)
-    require(fresh <= len(order), f"data.samples ({fresh} of {domain})", config.samples, f"{len(order)} are usable")
+    require(
+        fresh <= len(order), f"data.samples ({fresh} of {domain})", config.samples, f"{len(order)} are usable"
+    )
     return [int(order[k % fresh]) for k in range(needed)]
 
 

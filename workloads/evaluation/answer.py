@@ -29,7 +29,13 @@ class Answered:
 
 
 @torch.no_grad()
-def answer(config: RunConfig, llava: Llava, trace: Trace, pools: Mapping[str, Pool], items: Mapping[str, Sequence[int]]) -> Answered:
+def answer(
+    config: RunConfig,
+    llava: Llava,
+    trace: Trace,
+    pools: Mapping[str, Pool],
+    items: Mapping[str, Sequence[int]],
+) -> Answered:
     """Answer `items` (domain -> pool indices) with a KV cache; every rank gets the whole result."""
     llava.model.eval()
     samples = [pools[d].sample(i) for d in sorted(items) for i in items[d]]

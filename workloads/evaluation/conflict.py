@@ -118,8 +118,8 @@ def contrasts(
     """All metrics that `scores` (arm -> domain -> item scores) allows, over the seeds that both sides have.
 
     Every arm that is not a solo arm gets a gap, on those domains of `trained_on[arm]` that have a solo arm;
-    the other metrics are for the arms of `roles.mole`, on all domains. Raises `ValueError` when two sides were
-    scored on different items.
+    the other metrics are for the arms of `roles.mole`, on all domains. Raises `ValueError` when two sides
+    were scored on different items.
     """
     sides = dict(scores)
     if roles.solo and all(domain in scores.get(arm, {}) for domain, arm in roles.solo.items()):

@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.utils.logging import disable_progress_bar
 
 from workloads.config import ModelConfig, UserError
-from workloads.llava.pocket import resolve
+from workloads.llava.folder import resolve
 from workloads.llava.prompt import Prompter
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,15 +33,18 @@ def build(
     """Load the base; `sharded` is the engine's context under which ZeRO-3 partitions weights as they load."""
     folder = resolve(config.name_or_path)
     disable_progress_bar()
+    loader: Any = LlavaForConditionalGeneration
     with sharded or nullcontext():
-        model, report = LlavaForConditionalGeneration.from_pretrained(
+        model, report = loader.from_pretrained(
             folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     _strict(str(folder), report)
     processor = LlavaProcessor.from_pretrained(
         folder, image_processor=CLIPImageProcessorPil.from_pretrained(folder), local_files_only=True
     )
-    return Llava(model=model, processor=processor, prompter=Prompter(processor, model.config.image_seq_length))
+    return Llava(
+        model=model, processor=processor, prompter=Prompter(processor, model.config.image_seq_length)
+    )
 
 
 def train_projector(model: LlavaForConditionalGeneration) -> None:
@@ -52,4 +55,6 @@ def train_projector(model: LlavaForConditionalGeneration) -> None:
 def _strict(folder: str, report: dict[str, Any]) -> None:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report[kind])):
-            raise UserError(f"model.name_or_path: {folder} has {kind.replace('_', ' ')}: {', '.join(keys[:5])}")
+            raise UserError(
+                f"model.name_or_path: {folder} has {kind.replace('_', ' ')}: {', '.join(keys[:5])}"
+            )

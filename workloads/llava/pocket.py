@@ -1,11 +1,10 @@
 """The pocket base: a LLaVA of under 3 M weights (CLIP tower, two-layer projector, Llama) and its tokenizer.
 
-`resolve` finds the committed weights; `new_model` and `new_processor` make the untrained ones that
-`workloads.training.pretrain` trains.
+`new_model` and `new_processor` make the untrained ones that `workloads.training.pretrain` trains.
 """
 
 import string
-from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -18,10 +17,6 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from workloads.config import UserError
-
-# The class is named, since the automatic choice depends on whether torchvision is installed.
-IMAGE_PROCESSOR = "CLIPImageProcessorPil"
 IMAGE_SIZE = 96
 PATCH_SIZE = 12
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>", "<user>", "<assistant>", "<unk>")
@@ -32,15 +27,6 @@ CHAT_TEMPLATE = (
     "{% if part.type == 'image' %}<image>{% else %} {{ part.text }} {% endif %}"
     "{% endfor %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-_BASE = Path(__file__).parent.parent / "assets" / "base"
-
-
-def resolve(name_or_path: str) -> Path:
-    """The folder of a base model: the packaged one for `pocket`, else a local folder."""
-    folder = _BASE if name_or_path == "pocket" else Path(name_or_path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.name_or_path: {name_or_path!r} is not allowed; 'pocket' or a model folder")
-    return folder
 
 
 def new_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
@@ -63,7 +49,11 @@ def new_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "user_token": "<user>", "assistant_token": "<assistant>"},
+        extra_special_tokens={
+            "image_token": "<image>",
+            "user_token": "<user>",
+            "assistant_token": "<assistant>",
+        },
         clean_up_tokenization_spaces=False,
     )
 
@@ -94,6 +84,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
     )
+    ids: Any = tokenizer
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -102,12 +93,13 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=256,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=ids.pad_token_id,
+        bos_token_id=ids.bos_token_id,
+        eos_token_id=ids.eos_token_id,
         tie_word_embeddings=True,
     )
-    config = LlavaConfig(
+    make_config: Any = LlavaConfig
+    config = make_config(
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),

@@ -47,7 +47,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> No
     with engine.gathered(named.values()), torch.no_grad():
         for name, w in named.items():
             if tuple(w.shape) != tuple(weights[name].shape):
-                raise UserError(f"{where}: {name} has shape {tuple(weights[name].shape)}, not {tuple(w.shape)}")
+                raise UserError(
+                    f"{where}: {name} has shape {tuple(weights[name].shape)}, not {tuple(w.shape)}"
+                )
             w.copy_(weights[name])
 
 
@@ -91,7 +93,9 @@ def load_position(path: Path, trained: engine.Engine, layout: str) -> Position:
     """Restore this rank's optimizer and RNG; returns where training stands."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state["layout"] != layout:
-        raise UserError(f"{path}: written with {state['layout']}, cannot be resumed with {layout}; delete it to restart")
+        raise UserError(
+            f"{path}: written with {state['layout']}, cannot be resumed with {layout}; delete it to restart"
+        )
     rank = engine.rank()
     tensors = load_file(path / f"worker-{rank}.safetensors")
     torch.set_rng_state(tensors.pop(_RNG))

@@ -118,7 +118,9 @@ def _zero(stage: int) -> dict[str, Any]:
 class Engine:
     """One model in training: forward, backward, step, and the optimizer's state as plain tensors."""
 
-    def __init__(self, model: nn.Module, optim: OptimConfig, execution: ExecutionConfig, slow: set[nn.Parameter]) -> None:
+    def __init__(
+        self, model: nn.Module, optim: OptimConfig, execution: ExecutionConfig, slow: set[nn.Parameter]
+    ) -> None:
         """`slow` holds the weights that learn at `projector_lr_ratio` times the rate."""
         trained = [w for w in model.parameters() if w.requires_grad]
         self.groups = [
@@ -137,7 +139,8 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+        self.engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
+        self.optimizer: Any = optimizer
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """The model's output for keyword inputs."""
@@ -173,7 +176,9 @@ class Engine:
             prefix = f"{i}."
             moments = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
             moments.pop("master")
-            self._inner().state[master] = {k: v.to(master.device) if v.dim() else v for k, v in moments.items()}
+            self._inner().state[master] = {
+                k: v.to(master.device) if v.dim() else v for k, v in moments.items()
+            }
 
     def close(self) -> None:
         """Release DeepSpeed's hooks, so that a reused process can start another run."""

@@ -78,7 +78,11 @@ class Loop:
             if done % execution.report_every == 0 or done == self.num_steps:
                 self._report(done, time.monotonic() - mark, emit)
                 mark = time.monotonic()
-            if execution.checkpoint_every and done % execution.checkpoint_every == 0 and done < self.num_steps:
+            if (
+                execution.checkpoint_every
+                and done % execution.checkpoint_every == 0
+                and done < self.num_steps
+            ):
                 tallies = {name: tally.to_json() for name, tally in self.tallies.items()}
                 position = checkpoint.Position(step=done, tallies=tallies, num_resumes=num_resumes)
                 checkpoint.save(folder, self.llava.model, self.trained, position, self.layout)
@@ -98,7 +102,12 @@ class Loop:
             self.trained.backward(total)
             self.trace.clear()
             sums, tokens = loss.by_domain(losses_N, rows_N, batch, seen.domains)
-            seen.add(sums, tokens, [s.domain for s in batch.samples], int(batch.mask_BT.sum()) if batch.samples else 0)
+            seen.add(
+                sums,
+                tokens,
+                [s.domain for s in batch.samples],
+                int(batch.mask_BT.sum()) if batch.samples else 0,
+            )
         self.trained.step(cosine_with_warmup(step, self.num_steps, self.config.optim.warmup_ratio))
         self.tallies["window"].merge(seen)
         self.tallies["total"].merge(seen)

@@ -30,9 +30,13 @@ def num_supervised(batch: Batch) -> int:
     return int((batch.labels_BT != IGNORE).sum())
 
 
-def by_domain(losses_N: Tensor, rows_N: Tensor, batch: Batch, domains: list[str]) -> tuple[list[float], list[float]]:
+def by_domain(
+    losses_N: Tensor, rows_N: Tensor, batch: Batch, domains: list[str]
+) -> tuple[list[float], list[float]]:
     """Sum of losses and number of supervised tokens of each domain."""
-    owner_B = torch.tensor([domains.index(s.domain) for s in batch.samples], dtype=torch.long, device=rows_N.device)
+    owner_B = torch.tensor(
+        [domains.index(s.domain) for s in batch.samples], dtype=torch.long, device=rows_N.device
+    )
     owner_N = owner_B[rows_N]
     zeros = torch.zeros(len(domains), dtype=torch.float64, device=rows_N.device)
     sums = zeros.scatter_add(0, owner_N, losses_N.detach().double())

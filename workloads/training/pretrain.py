@@ -78,7 +78,9 @@ def new_llava(recipe: Recipe) -> Llava:
     """The untrained base with its processor."""
     processor = new_processor(questions.vocabulary())
     model = new_model(processor.tokenizer, recipe.seed)
-    return Llava(model=model, processor=processor, prompter=Prompter(processor, (IMAGE_SIZE // PATCH_SIZE) ** 2))
+    return Llava(
+        model=model, processor=processor, prompter=Prompter(processor, (IMAGE_SIZE // PATCH_SIZE) ** 2)
+    )
 
 
 def train(recipe: Recipe, llava: Llava) -> list[float]:
@@ -86,7 +88,10 @@ def train(recipe: Recipe, llava: Llava) -> list[float]:
     torch.set_num_threads(recipe.threads)
     decayed = [w for w in llava.model.parameters() if w.dim() > 1]
     other = [w for w in llava.model.parameters() if w.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": other, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": recipe.weight_decay},
+        {"params": other, "weight_decay": 0.0},
+    ]
     adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
     llava.model.train()
     history, window, began = [], [], time.monotonic()
@@ -102,7 +107,10 @@ def train(recipe: Recipe, llava: Llava) -> list[float]:
         window.append(float(losses_N.detach().mean()))
         if len(window) == recipe.report_every or step + 1 == recipe.num_steps:
             history.append(math.fsum(window) / len(window))
-            print(f"step {step + 1}/{recipe.num_steps} loss {history[-1]:.4f} {time.monotonic() - began:.0f}s", flush=True)
+            print(
+                f"step {step + 1}/{recipe.num_steps} loss {history[-1]:.4f} {time.monotonic() - began:.0f}s",
+                flush=True,
+            )
             window = []
     return history
 
@@ -118,7 +126,14 @@ def caption_scores(llava: Llava, split: str, num_items: int, shuffled: bool = Fa
         images = [s.image_HWC for s in samples]
         images = images[1:] + images[:1] if shuffled else images
         shown = [
-            Sample(id=s.id, domain=domain, image_HWC=image, question=s.question, answer=s.answer, question_type="caption")
+            Sample(
+                id=s.id,
+                domain=domain,
+                image_HWC=image,
+                question=s.question,
+                answer=s.answer,
+                question_type="caption",
+            )
             for s, image in zip(samples, images, strict=True)
         ]
         batch = prompt_batch(shown, llava)

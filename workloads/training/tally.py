@@ -55,7 +55,13 @@ class Tally:
     def reduced(self) -> "Tally":
         """The sum of all workers' tallies."""
         names = sorted(self.terms)
-        flat = [*self.loss_sums, *self.tokens, *self.samples, *(self.terms[n] for n in names), self.all_tokens]
+        flat = [
+            *self.loss_sums,
+            *self.tokens,
+            *self.samples,
+            *(self.terms[n] for n in names),
+            self.all_tokens,
+        ]
         total = engine.reduce_sum(flat)
         k = len(self.domains)
         return Tally(
