@@ -7,7 +7,6 @@ Every sample is composed once and never repeated; no question that a domain's ow
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from workloads.llava.pocket import IMAGE_SIZE, PATCH_SIZE, new_model, new_proces
 from workloads.llava.prompt import Prompter
 from workloads.training import loss
 from workloads.training.optim import cosine_with_warmup
+from workloads.training.tally import Tally
 
 CAPTION_QUESTION = "describe"
 
@@ -46,6 +46,8 @@ class Recipe:
     captions: float = 0.6
     threads: int = 2
     report_every: int = 100
+    # Steps between two looks at held-out captions.
+    probe_every: int = 1000
 
 
 def sample(seed: int, index: int, split: str, captions: float) -> Sample:
@@ -83,8 +85,8 @@ def new_llava(recipe: Recipe) -> Llava:
     )
 
 
-def train(recipe: Recipe, llava: Llava) -> list[float]:
-    """Train all weights; returns the mean loss of every report."""
+def train(recipe: Recipe, llava: Llava) -> float:
+    """Train all weights; returns the mean loss of the last report, in nats per supervised token."""
     torch.set_num_threads(recipe.threads)
     decayed = [w for w in llava.model.parameters() if w.dim() > 1]
     other = [w for w in llava.model.parameters() if w.dim() <= 1]
@@ -93,26 +95,29 @@ def train(recipe: Recipe, llava: Llava) -> list[float]:
         {"params": other, "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    llava.model.train()
-    history, window, began = [], [], time.monotonic()
-    for step, samples in enumerate(batches(recipe)):
+    window, final = Tally(domains=list(DOMAINS)), 0.0
+    for step, samples in enumerate(batches(recipe), start=1):
+        llava.model.train()
         batch = train_batch(samples, llava)
-        losses_N, _ = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
+        losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
         losses_N.mean().backward()
         torch.nn.utils.clip_grad_norm_(llava.model.parameters(), recipe.clip)
         for group in adam.param_groups:
-            group["lr"] = recipe.lr * cosine_with_warmup(step, recipe.num_steps, recipe.warmup_ratio)
+            group["lr"] = recipe.lr * cosine_with_warmup(step - 1, recipe.num_steps, recipe.warmup_ratio)
         adam.step()
         adam.zero_grad()
-        window.append(float(losses_N.detach().mean()))
-        if len(window) == recipe.report_every or step + 1 == recipe.num_steps:
-            history.append(math.fsum(window) / len(window))
-            print(
-                f"step {step + 1}/{recipe.num_steps} loss {history[-1]:.4f} {time.monotonic() - began:.0f}s",
-                flush=True,
-            )
-            window = []
-    return history
+        window.add(*loss.by_domain(losses_N, rows_N, batch, window.domains), [s.domain for s in samples], 0)
+        if step % recipe.report_every == 0 or step == recipe.num_steps:
+            final = window.metrics()["loss"]
+            print(f"step {step}/{recipe.num_steps}", _rounded(window.metrics()), flush=True)
+            window.clear()
+        if step % recipe.probe_every == 0:
+            print("captions of held-out sources", _rounded(caption_scores(llava, "val", 60)), flush=True)
+    return final
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {key: round(value, 3) for key, value in values.items()}
 
 
 @torch.no_grad()
@@ -157,7 +162,7 @@ def main() -> None:
     recipe = Recipe(**given)
     llava = new_llava(recipe)
     began = time.monotonic()
-    history = train(recipe, llava)
+    final_loss = train(recipe, llava)
     llava.model.save_pretrained(out)
     llava.processor.save_pretrained(out)
     card = {
@@ -165,7 +170,7 @@ def main() -> None:
         "recipe": vars(recipe),
         "data_hash": identity.data_hash("pocket"),
         "seconds": round(time.monotonic() - began),
-        "final_loss": history[-1],
+        "final_loss": final_loss,
         "caption_exact_match_val": caption_scores(llava, "val", 300),
         "caption_exact_match_val_images_shuffled": caption_scores(llava, "val", 300, shuffled=True),
         "environment": environment.describe(),

@@ -76,16 +76,20 @@ def text_width(font: Font, size: int, text: str) -> int:
 
 
 def write(image_HWC: np.ndarray, font: Font, size: int, text: str, left: int, bottom: int,
-          ink: Colour) -> list[Box]:  # fmt: skip
-    """Write a line with its baseline at `bottom` (in place); the box of each character, spaces left out."""
+          ink: Colour, pitch: int = 0) -> list[Box]:  # fmt: skip
+    """Write a line with its baseline at `bottom` (in place); the box of each character, spaces left out.
+
+    With a `pitch` every character stands in the middle of a cell of that width, as in a form.
+    """
     boxes, pen, cap = [], left, font.cap_heights[size]
     ink_C = np.array(ink, np.int16)
     for character in text:
         if character == " ":
-            pen += cap // 2
+            pen += pitch or cap // 2
             continue
-        glyph_HW, step = font.coverage[size][character], font.advance[size][character]
-        x, y = pen - font.origin, bottom - font.baseline
+        glyph_HW, advance = font.coverage[size][character], font.advance[size][character]
+        step = pitch or advance
+        x, y = pen + (step - advance) // 2 - font.origin, bottom - font.baseline
         cut_HW = glyph_HW[max(0, -y) : SIZE - y, max(0, -x) : SIZE - x]
         paste(image_HWC, ink_C, cut_HW, max(0, x), max(0, y))
         boxes.append((pen, bottom - cap, pen + step, bottom))

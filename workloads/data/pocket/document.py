@@ -1,7 +1,8 @@
 """Documents: a word, a receipt or a bar chart printed on paper, asked as one asks about documents.
 
 Source:  words of SCOWL, tables of vega-datasets, glyphs of DejaVu fonts.
-Differs: bars are a table's values in random order under random letters; a receipt's sum is right.
+Differs: bars are a table's values in random order under random letters; a receipt's sum is right. Text is set
+         on a 12 px grid, one character to a cell, as in a form.
 
 Shape letters: H rows, W columns, C channels.
 """
@@ -18,11 +19,12 @@ from workloads.data.pocket.scene import SIZE, Facts, Mark, Part
 PAPERS: tuple[Colour, ...] = ((252, 252, 252), (250, 246, 230), (240, 240, 246), (246, 238, 222))
 INKS: tuple[Colour, ...] = ((15, 15, 15), (25, 25, 70), (70, 25, 20), (40, 40, 40))
 BARS: tuple[Colour, ...] = ((70, 110, 170), (190, 110, 60), (90, 140, 90), (120, 120, 120))
-# Letters narrow enough to stand under one of five bars.
-LETTERS = "ABCDEFGHIJKLNOPQRSTUVXYZ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Width and height of a letter's cell, and the width of a digit's.
+CELL, DIGIT = 24, 12
 # Least ratio of the largest bar to the next, and of the smallest to the largest.
 CLEAR_MARGIN, LEAST_BAR = 1.15, 0.1
-BAR_FOOT, BAR_REACH = 76, 58
+BAR_FOOT, BAR_REACH = 72, 56
 
 
 @dataclass(kw_only=True)
@@ -39,9 +41,9 @@ class _Page:
     # What a mark must stay clear of.
     occupied: list[Box] = field(default_factory=list)
 
-    def print(self, size: int, text: str, left: int, bottom: int) -> list[Box]:
+    def print(self, size: int, text: str, left: int, bottom: int, pitch: int = 0) -> list[Box]:
         """Print a line; the box of each character."""
-        boxes = canvas.write(self.image_HWC, self.font, size, text, left, bottom, self.ink)
+        boxes = canvas.write(self.image_HWC, self.font, size, text, left, bottom, self.ink, pitch)
         self.occupied += boxes
         return boxes
 
@@ -67,17 +69,14 @@ def _new_page(rng: np.random.Generator, split: str) -> _Page:
 
 
 def _word(page: _Page, focus: str) -> tuple[Facts, Mark | None]:
-    """One word in capitals, as large as fits or one size less; a mark, if any, just above one letter."""
+    """One word in capitals, a letter to a cell; a mark, if any, just above one letter."""
     rng, font = page.rng, page.font
-    text = page.word(int(rng.integers(3, 6))).upper()
-    sizes = range(len(font.cap_heights))
-    fitting = [size for size in sizes if canvas.text_width(font, size, text) <= SIZE - 6]
-    size = fitting[max(0, len(fitting) - 1 - int(rng.integers(2)))]
-    cap, width = font.cap_heights[size], canvas.text_width(font, size, text)
-    headroom = 2 * canvas.MARK_RADIUS + 4 if focus == "at_mark" else 4
-    left = int(rng.integers(2, SIZE - width - 3))  # slanted letters lean over their step
-    bottom = int(rng.integers(cap + headroom, SIZE - 8))
-    boxes = page.print(size, text, left, bottom)
+    text = page.word(int(rng.integers(3, 5))).upper()
+    size = len(font.cap_heights) - 1 - int(rng.integers(2))
+    width, cap = CELL * len(text), font.cap_heights[size]
+    left = 12 * int(rng.integers((SIZE - width) // 12 + 1))
+    bottom = 12 * int(rng.integers(3 if focus == "at_mark" else 2, SIZE // 12 + 1)) - 2
+    boxes = page.print(size, text, left, bottom, CELL)
     page.parts.append(Part(label=text, value=0.0, box=(left, bottom - cap, left + width, bottom)))
     mark, letter = None, None
     if focus == "at_mark":
@@ -96,33 +95,32 @@ def _above(box: Box) -> Mark:
 
 
 def _receipt(page: _Page) -> Facts:
-    """One to four lines of a word and a number, a rule, and the sum of the numbers."""
-    rng, font, cap = page.rng, page.font, page.font.cap_heights[0]
-    numbers = [int(number) for number in rng.integers(1, 20, int(rng.integers(1, 5)))]
-    right = SIZE - 6
-    bottom = int(rng.integers(cap + 3, cap + 3 + 17 * (4 - len(numbers)) + 2))
+    """One to three lines of a word and a number, a rule, and the sum of the numbers."""
+    rng, cap = page.rng, page.font.cap_heights[0]
+    numbers = [int(number) for number in rng.integers(1, 20, int(rng.integers(1, 4)))]
+    right = SIZE - DIGIT
+    bottom = CELL * int(rng.integers(1, 5 - len(numbers))) - 5
     for number in numbers:
         word = page.word(3)
-        page.print(0, word.upper(), 5, bottom)
-        start = right - canvas.text_width(font, 0, str(number))
-        page.print(0, str(number), start, bottom)
-        page.parts.append(Part(label=word, value=float(number), box=(5, bottom - cap, right, bottom)))
-        bottom += 17
-    rule = (5, bottom - cap, right, bottom - cap + 2)
+        page.print(0, word.upper(), 3, bottom)
+        page.print(0, str(number), right - DIGIT * len(str(number)), bottom, DIGIT)
+        page.parts.append(Part(label=word, value=float(number), box=(3, bottom - cap, right, bottom)))
+        bottom += CELL
+    rule = (3, bottom - cap - 5, right, bottom - cap - 3)
     canvas.fill(page.image_HWC, rule, page.ink)
     total = sum(numbers)
-    foot = f"= {total}"
-    page.print(1, foot, right - canvas.text_width(font, 1, foot), bottom + 9)
+    page.print(0, "=", 3 * DIGIT, bottom, DIGIT)
+    page.print(0, str(total), right - DIGIT * len(str(total)), bottom, DIGIT)
     parts = tuple(page.parts)
     return Facts(domain="document", layout="receipt", parts=parts, count=len(parts), total=total)
 
 
 def _table_values(page: _Page) -> tuple[str, list[float]]:
-    """Two to five values of one table in random order, the largest clearly ahead of the others."""
+    """Two to four values of one table in random order, the largest clearly ahead of the others."""
     rng = page.rng
     tables = assets.tables()[page.split]
     name = list(tables)[rng.integers(len(tables))]
-    values, count = tables[name], int(rng.integers(2, 6))
+    values, count = tables[name], int(rng.integers(2, 5))
     while True:
         first = int(rng.integers(len(values)))
         lower = [value for value in values if LEAST_BAR <= value / values[first] <= 1 / CLEAR_MARGIN]
@@ -134,23 +132,21 @@ def _table_values(page: _Page) -> tuple[str, list[float]]:
 
 
 def _chart(page: _Page, focus: str) -> tuple[Facts, Mark | None]:
-    """Two to five bars over letters, as high as the values; a mark, if any, just above one bar."""
-    rng, font = page.rng, page.font
+    """Two to four bars over letters, as high as the values; a mark, if any, just above one bar."""
+    rng = page.rng
     name, values = _table_values(page)
     page.sources.append(f"table:{name}")
     letters = [LETTERS[index] for index in rng.permutation(len(LETTERS))[: len(values)]]
-    pitch = (SIZE - 6) // len(values)
-    width = min(pitch - 5, 18)
+    start = 12 * int(rng.integers((SIZE - CELL * len(values)) // 12 + 1))
     colour = BARS[rng.integers(len(BARS))]
     for index, (letter, value) in enumerate(zip(letters, values, strict=True)):
-        left = 4 + index * pitch + (pitch - width) // 2
+        left = start + index * CELL
         height = round(value / max(values) * BAR_REACH)
-        box = (left, BAR_FOOT - height, left + width, BAR_FOOT)
+        box = (left + 3, BAR_FOOT - height, left + CELL - 3, BAR_FOOT)
         canvas.fill(page.image_HWC, box, colour)
         page.occupied.append(box)
         page.parts.append(Part(label=letter, value=value, box=box))
-        step = font.advance[0][letter]
-        page.print(0, letter, left + (width - step) // 2, BAR_FOOT + 2 + font.cap_heights[0])
+        page.print(0, letter, left, BAR_FOOT + 4 + page.font.cap_heights[0], CELL)
     canvas.fill(page.image_HWC, (3, BAR_FOOT, SIZE - 3, BAR_FOOT + 1), page.ink)
     mark, letter = None, None
     if focus == "at_mark":
