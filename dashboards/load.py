@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dashboards.results import FINISHED, StudyResults, TrialState, item_scores, read_roles, seeds_of
 from dashboards.runs import Questions, Run, read_run
-from workloads.config import UserError, nearest
+from workloads.errors import UserError, nearest
 from workloads.record import is_finished
 
 if TYPE_CHECKING:

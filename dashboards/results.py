@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dashboards.runs import Curves, Questions, Run
-from workloads.config import UserError
+from workloads.errors import UserError
 from workloads.evaluation.conflict import ItemScores, Roles
 from workloads.record import RunRecord
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads import record as records
-from workloads.config import UserError
+from workloads.errors import UserError
 
 # Domain -> points (samples of that domain seen, mean loss of the steps since the point before).
 Curves = dict[str, list[tuple[float, float]]]

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from workloads.config import UserError, from_tree, load, to_tree
+from workloads.config import from_tree, load, to_tree
+from workloads.errors import UserError
 
 GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0, "document": 2.0}}}
 

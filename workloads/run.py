@@ -10,12 +10,13 @@ import torch
 
 from workloads import adapters, environment, identity, record, results
 from workloads.adapters.base import Attached, Trace
-from workloads.config import RunConfig, UserError, require, to_tree
+from workloads.config import RunConfig, to_tree
 from workloads.data import mixture, pool
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
+from workloads.errors import UserError, require
 from workloads.evaluation.answer import answer
-from workloads.llava.build import Llava, build, train_projector
+from workloads.llava.build import Llava, build, projector_weights, train_projector
 from workloads.record import RunRecord
 from workloads.training import checkpoint, engine
 from workloads.training.loop import Loop
@@ -45,8 +46,9 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     stream = mixture.stream(config.data, {d: p.accepted for d, p in pools.items()}, config.seed)
     _start_folder(config, folder, rejected)
     emit = _Events(folder, report)
-    slow = set(llava.model.model.multi_modal_projector.parameters())
-    trained_engine = engine.Engine(llava.model, config.optim, config.execution, slow)
+    trained_engine = engine.Engine(
+        llava.model, config.optim, config.execution, projector_weights(llava.model)
+    )
     trained = Loop(config, llava, attached, trace, trained_engine, pools, stream).run(
         folder / record.CHECKPOINT, emit
     )

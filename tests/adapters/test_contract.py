@@ -129,7 +129,7 @@ def test_stated_weights_are_those_that_train(name, tiny_llava):
 
 @pytest.mark.parametrize("name", methods())
 def test_a_missing_weight_is_named(name, tiny_llava):
-    from workloads.config import UserError
+    from workloads.errors import UserError
 
     model, _, _ = attached(tiny_llava, name)
     weights = trained_weights(model)

@@ -9,7 +9,7 @@ from torch import nn
 from workloads import adapters
 from workloads.adapters import lora
 from workloads.adapters.base import LoRALinear, Trace
-from workloads.config import UserError
+from workloads.errors import UserError
 from workloads.training.checkpoint import trained_weights
 
 

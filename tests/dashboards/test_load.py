@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dashboards.load import compare, study_results
-from workloads.config import UserError
+from workloads.errors import UserError
 
 ARMS = {"lora_mix": (0.6, 0.5, 0.8), "mole_hard": (0.7, 0.6, 0.8)}
 

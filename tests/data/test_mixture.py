@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.config import DataConfig, UserError
+from workloads.config import DataConfig
 from workloads.data import mixture
+from workloads.errors import UserError
 
 POOLS = {"document": range(900), "general": range(900), "biomedical": range(900)}
 

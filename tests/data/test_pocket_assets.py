@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from workloads.assets import build, packages
-from workloads.config import UserError
+from workloads.errors import UserError
 
 ASSETS = Path(__file__).parents[2] / "workloads" / "assets"
 

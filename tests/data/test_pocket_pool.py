@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workloads.config import UserError
 from workloads.data.pocket import DOMAINS, QUESTION_TYPES, compose
 from workloads.data.pocket import pool as module
 from workloads.data.pocket.pool import content_hash, pool
+from workloads.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

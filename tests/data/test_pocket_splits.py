@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workloads.config import UserError
 from workloads.data.pocket import DOMAINS, SPLITS, compose
 from workloads.data.pocket.slices import CUTS, slabs
+from workloads.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "workloads" / "assets"

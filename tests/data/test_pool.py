@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from workloads.config import ModelConfig, UserError
+from workloads.config import ModelConfig
 from workloads.data import pool
+from workloads.errors import UserError
 from workloads.llava.build import build
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.training.runs import do, small
 from workloads import record
-from workloads.config import UserError
+from workloads.errors import UserError
 from workloads.evaluation.scorers import exact, normalise
 
 NUMBERS = (

@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workloads.adapters.base import Attached, Trace
-from workloads.config import SCHEMA_VERSION, AdapterConfig, UserError
+from workloads.config import SCHEMA_VERSION, AdapterConfig
+from workloads.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

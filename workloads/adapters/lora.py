@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze, put_lora
-from workloads.config import AdapterConfig, require
+from workloads.config import AdapterConfig
+from workloads.errors import require
 
 VERSION = 1
 

@@ -32,7 +32,8 @@ from workloads.adapters.base import (
     kaiming_A,
     put_lora,
 )
-from workloads.config import AdapterConfig, require
+from workloads.config import AdapterConfig
+from workloads.errors import require
 
 VERSION = 1
 

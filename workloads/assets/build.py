@@ -25,7 +25,7 @@ from PIL import Image, ImageFont
 
 from workloads.assets.packages import PACKAGES, from_deb, from_tgz, from_wheel, verify
 from workloads.assets.text import SPLITS, build_tables, build_words, deal
-from workloads.config import UserError
+from workloads.errors import UserError
 
 GARMENT_CLASSES = {
     0: "tshirt", 1: "trouser", 2: "pullover", 3: "dress", 5: "sandal", 7: "sneaker", 8: "bag", 9: "boot",

@@ -8,7 +8,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from workloads.config import UserError
+from workloads.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from workloads.config import DataConfig, require, require_known
+from workloads.config import DataConfig
+from workloads.errors import require, require_known
 
 # Keys that keep the random streams of one seed apart.
 _PICK, _INTERLEAVE = 1, 2

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from workloads import record
-from workloads.config import UserError, require
 from workloads.data.cache import cache_dir
 from workloads.data.mixture import Slot
+from workloads.errors import UserError, require
 from workloads.identity import data_hash
 from workloads.llava.prompt import Prompter
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
-from workloads.config import ModelConfig, UserError
+from workloads.config import ModelConfig
+from workloads.errors import UserError
 from workloads.llava.folder import resolve
 from workloads.llava.prompt import Prompter
 
@@ -50,6 +52,11 @@ def build(
 def train_projector(model: LlavaForConditionalGeneration) -> None:
     """Let the projector train in full, as LLaVA does beside an adapter."""
     model.model.multi_modal_projector.requires_grad_(True)
+
+
+def projector_weights(model: LlavaForConditionalGeneration) -> set[nn.Parameter]:
+    """The projector's weights, which may learn at a rate of their own."""
+    return set(model.model.multi_modal_projector.parameters())
 
 
 def _strict(folder: str, report: dict[str, Any]) -> None:

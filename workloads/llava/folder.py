@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from workloads.config import UserError
+from workloads.errors import UserError
 
 # The class is named, since the automatic choice depends on whether torchvision is installed.
 IMAGE_PROCESSOR = "CLIPImageProcessorPil"

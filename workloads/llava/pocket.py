@@ -6,6 +6,7 @@
 import string
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -19,6 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 IMAGE_SIZE = 96
 PATCH_SIZE = 12
+WIDTH = 128
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<image>", "<user>", "<assistant>", "<unk>")
 # One user turn with the image first, then the answer, as LLaVA-1.5 orders them.
 CHAT_TEMPLATE = (
@@ -77,7 +79,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
     import torch
 
     vision = CLIPVisionConfig(
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -87,7 +89,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
     ids: Any = tokenizer
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=WIDTH,
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
@@ -97,6 +99,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
         bos_token_id=ids.bos_token_id,
         eos_token_id=ids.eos_token_id,
         tie_word_embeddings=True,
+        # The default of 0.02 suits wide models; at width 128 attention would start flat and learn late.
+        initializer_range=WIDTH**-0.5,
     )
     make_config: Any = LlavaConfig
     config = make_config(
@@ -109,4 +113,21 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditio
         tie_word_embeddings=True,
     )
     torch.manual_seed(seed)
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    positions: Any = model.get_submodule("model.vision_tower.embeddings.position_embedding")
+    with torch.no_grad():
+        # Drawn with the default deviation of 0.02 they drown in the patches, and places are learned late.
+        positions.weight[1:] = torch.from_numpy(_places(IMAGE_SIZE // PATCH_SIZE, vision.hidden_size))
+    return model
+
+
+def _places(side: int, width: int) -> np.ndarray:
+    """Sine-cosine codes (side * side, width) of the rows and columns of a square grid, in raster order.
+
+    Source: Vaswani et al. 2017, section 3.5, half of the width for each axis.
+    """
+    rates = 1 / 100 ** (np.arange(width // 4) / (width // 4))
+    angles = np.arange(side)[:, None] * rates[None]
+    axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    rows, columns = np.repeat(axis, side, axis=0), np.tile(axis, (side, 1))
+    return np.concatenate([rows, columns], axis=1).astype(np.float32)

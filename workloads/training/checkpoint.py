@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workloads import adapters, record
-from workloads.config import UserError
+from workloads.errors import UserError
 from workloads.training import engine
 
 _RNG = "rng"

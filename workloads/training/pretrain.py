@@ -28,8 +28,6 @@ from workloads.training import loss
 from workloads.training.optim import cosine_with_warmup
 from workloads.training.tally import Tally
 
-CAPTION_QUESTION = "describe"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -42,30 +40,34 @@ class Recipe:
     weight_decay: float = 0.02
     warmup_ratio: float = 0.03
     clip: float = 1.0
-    # Share of captions; the rest are neutral questions.
-    captions: float = 0.6
+    # Shares of captions and of full lists of what is shown; the rest are neutral questions.
+    captions: float = 0.3
+    details: float = 0.5
     threads: int = 2
     report_every: int = 100
     # Steps between two looks at held-out captions.
     probe_every: int = 1000
 
 
-def sample(seed: int, index: int, split: str, captions: float) -> Sample:
-    """Sample `index`: a caption or a neutral question over one composed scene; domains take turns."""
+def sample(seed: int, index: int, split: str, recipe: Recipe) -> Sample:
+    """Sample `index`: a caption, a list or a neutral question over one composed scene; domains take turns."""
     domain = DOMAINS[index % len(DOMAINS)]
     scene = compose(domain, split, seed, index)
     rng = np.random.default_rng([seed, index])
-    asked = neutral_qa(scene)
-    pick = rng.integers(len(asked)) if asked and rng.random() >= captions else -1
-    question = CAPTION_QUESTION if pick < 0 else asked[pick].question
-    answer = scene.caption if pick < 0 else asked[pick].answer
+    draw, asked, full = rng.random(), neutral_qa(scene), questions.detail(scene.facts)
+    question, answer = questions.CAPTION_QUESTION, scene.caption
+    if draw < recipe.details and full:
+        question, answer = questions.DETAIL_QUESTION, full
+    elif draw >= recipe.details + recipe.captions and asked:
+        chosen = asked[rng.integers(len(asked))]
+        question, answer = chosen.question, chosen.answer
     return Sample(
         id=f"{domain}-{split}-{index}",
         domain=domain,
         image_HWC=scene.image,
         question=question,
         answer=answer,
-        question_type="caption" if pick < 0 else question,
+        question_type=question,
     )
 
 
@@ -73,7 +75,7 @@ def batches(recipe: Recipe) -> Iterator[list[Sample]]:
     """The training stream."""
     for step in range(recipe.num_steps):
         first = step * recipe.batch
-        yield [sample(recipe.seed + 1000, first + i, "train", recipe.captions) for i in range(recipe.batch)]
+        yield [sample(recipe.seed + 1000, first + i, "train", recipe) for i in range(recipe.batch)]
 
 
 def new_llava(recipe: Recipe) -> Llava:
@@ -127,7 +129,8 @@ def caption_scores(llava: Llava, split: str, num_items: int, shuffled: bool = Fa
     tokenizer: Any = llava.prompter.tokenizer
     scores: dict[str, float] = {}
     for k, domain in enumerate(DOMAINS):
-        samples = [sample(77, i * len(DOMAINS) + k, split, captions=1.0) for i in range(num_items)]
+        only = Recipe(captions=1.0, details=0.0)
+        samples = [sample(77, i * len(DOMAINS) + k, split, only) for i in range(num_items)]
         images = [s.image_HWC for s in samples]
         images = images[1:] + images[:1] if shuffled else images
         shown = [

@@ -5,10 +5,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from workloads.config import require
 from workloads.data.pocket import biomedical, document, general
 from workloads.data.pocket.questions import QUESTION_TYPES, ask, caption
 from workloads.data.pocket.scene import DOMAINS, SPLITS, Facts, Scene, generator
+from workloads.errors import require
 
 _DRAW: dict[str, Callable[[np.random.Generator, str, str], tuple[np.ndarray, Facts, tuple[str, ...]]]] = {
     "general": general.draw,

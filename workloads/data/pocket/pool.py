@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from workloads.config import UserError, require
 from workloads.data.pocket.assets import version
 from workloads.data.pocket.composing import compose
+from workloads.errors import UserError, require
 
 FEATURES = datasets.Features(
     {

@@ -1,0 +1,190 @@
+"""What a study will take: samples, tokens, weights, memory, disk and hours, from measured costs.
+
+Costs are cached per method in calibration.json. `calibrate` measures them with a short real run; without it
+the finished runs of the study itself serve, and what is not known is shown as such.
+"""
+
+import dataclasses
+import json
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from orchestrator.cluster import local_slots
+from orchestrator.progress import duration
+from orchestrator.store import Store
+from orchestrator.study import Study
+from orchestrator.trials import Trial, distinct, fixed, search_points
+from workloads.config import RunConfig
+from workloads.record import RunRecord, is_finished, load, write_json
+
+UNKNOWN = "not measured"
+# Evaluation items of a domain when `eval.domains` names none: the pocket source has three domains.
+_ALL_DOMAINS = 3
+# The driver, Ray's own processes and MLflow, in bytes.
+_BASE_BYTES = 1_200_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What one method costs on this machine."""
+
+    # Per training sample and per evaluation item, and what a run takes besides, in seconds.
+    train_seconds: float
+    eval_seconds: float
+    other_seconds: float
+    tokens_per_sample: float
+    peak_bytes: int
+    disk_bytes: int
+    trainable: int
+
+
+def samples(config: RunConfig) -> int:
+    """Training samples of a run."""
+    return sum(round(weight * config.data.samples) for weight in config.data.mixture.values())
+
+
+def eval_items(config: RunConfig) -> int:
+    """Items that a run answers."""
+    return config.eval.samples * (len(config.eval.domains) or _ALL_DOMAINS)
+
+
+def rate_of(record: RunRecord, folder: Path) -> Rate:
+    """Costs per sample and item from a finished run."""
+    cost = record.cost
+    items = sum(score.num_items for score in record.scores.values())
+    return Rate(
+        train_seconds=cost.train_seconds / max(1, record.num_samples),
+        eval_seconds=cost.eval_seconds / max(1, items),
+        other_seconds=max(0.0, cost.seconds - cost.train_seconds - cost.eval_seconds),
+        tokens_per_sample=cost.tokens_per_second / cost.samples_per_second
+        if cost.samples_per_second
+        else 0.0,
+        peak_bytes=cost.peak_bytes,
+        disk_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        trainable=cost.trainable,
+    )
+
+
+def key_of(config: RunConfig) -> str:
+    """What a rate belongs to: base model, method with its settings, dtype."""
+    settings = json.dumps(dataclasses.asdict(config.adapter), sort_keys=True)
+    return f"{config.model.name_or_path} {config.optim.dtype} {settings}"
+
+
+def rates(store: Store, trials: Iterable[Trial]) -> dict[str, Rate]:
+    """Known costs: the cached calibration, and over it the finished runs of these trials."""
+    known: dict[str, Rate] = {}
+    if store.calibration.is_file():
+        tree = json.loads(store.calibration.read_text(encoding="utf-8"))
+        known = {key: Rate(**value) for key, value in tree["rates"].items()}
+    for trial in trials:
+        folder = store.run_folder(trial.fingerprint)
+        if is_finished(folder):
+            known[key_of(trial.config)] = rate_of(load(folder), folder)
+    return known
+
+
+def planned(study: Study) -> list[Trial]:
+    """The runs to plan for; a search counts with its arms' own settings at every point."""
+    return search_points(study) if study.search else list(distinct(fixed(study)).values())
+
+
+def representatives(study: Study) -> list[Trial]:
+    """One trial for every cost that has to be known."""
+    return list({key_of(trial.config): trial for trial in planned(study)}.values())
+
+
+def calibrate(trials: Iterable[Trial], store: Store, console: Console) -> None:
+    """Measure every trial's cost with a run of a few steps in this process, and cache it."""
+    from workloads.run import run
+
+    measured = {}
+    for trial in trials:
+        config = _short(trial.config)
+        with tempfile.TemporaryDirectory() as folder:
+            record = run(config, lambda metrics, path: None, Path(folder) / "run")
+            measured[key_of(trial.config)] = dataclasses.asdict(rate_of(record, Path(folder)))
+        console.print(f"measured {trial.arm}: {record.cost.seconds:.1f} s", highlight=False, markup=False)
+    old = (
+        json.loads(store.calibration.read_text(encoding="utf-8"))["rates"]
+        if store.calibration.is_file()
+        else {}
+    )
+    write_json(store.calibration, {"schema_version": 1, "rates": {**old, **measured}})
+
+
+def _short(config: RunConfig) -> RunConfig:
+    """The same run with a few steps and a few answers; the shares of its domains stay."""
+    parts = sum(config.data.mixture.values())
+    replace = dataclasses.replace
+    return replace(
+        config,
+        init_from="",
+        data=replace(config.data, samples=max(2, math.ceil(20 * config.optim.global_batch / parts))),
+        eval=replace(config.eval, samples=min(config.eval.samples, 100)),
+        execution=replace(config.execution, workers=1, checkpoint_every=0),
+    )
+
+
+def table(study: Study, store: Store) -> Table:
+    """The plan as a table: one line per arm, then the sums."""
+    trials = planned(study)
+    known = rates(store, trials)
+    slots = local_slots(study.resources, trials[0].config.execution.threads)
+    done = {trial.fingerprint for trial in trials if store.finished(trial.fingerprint)}
+    out = Table(
+        "arm",
+        "runs",
+        "done",
+        "samples",
+        "tokens",
+        "weights",
+        "seconds a run",
+        title=study.name,
+        show_footer=True,
+    )
+    for arm in dict.fromkeys(trial.arm for trial in trials):
+        mine = [trial for trial in trials if trial.arm == arm]
+        rate, count = known.get(key_of(mine[0].config)), samples(mine[0].config)
+        finished = sum(trial.fingerprint in done for trial in mine)
+        cells = [escape(arm), str(len(mine)), str(finished), f"{count:,}"]
+        if rate:
+            seconds = f"{_seconds(mine[0].config, rate):.0f}"
+            cells += [f"{count * rate.tokens_per_sample:,.0f}", f"{rate.trainable:,}", seconds]
+        out.add_row(*cells)
+    _footer(out, trials, known, done, slots)
+    return out
+
+
+def _footer(out: Table, trials: list[Trial], known: dict[str, Rate], done: set[str], slots: int) -> None:
+    """Sums into the footers, and what is not a sum into the caption."""
+    left = [trial for trial in trials if trial.fingerprint not in done]
+    found = [(trial.config, known.get(key_of(trial.config))) for trial in left]
+    pairs = [(config, rate) for config, rate in found if rate]
+    footers = ("all", str(len(trials)), str(len(done)), f"{sum(samples(trial.config) for trial in trials):,}")
+    for column, text in zip(out.columns, footers, strict=False):
+        column.footer = text
+    parts = [f"{len(left)} runs to do, {slots} at once"]
+    if len(pairs) < len(left):
+        parts.append(
+            f"time, memory and disk of {len(left) - len(pairs)}: {UNKNOWN} (plan --calibrate measures)"
+        )
+    if pairs:
+        seconds = sum(_seconds(config, rate) for config, rate in pairs) / slots
+        memory = _BASE_BYTES + slots * max(rate.peak_bytes for _, rate in pairs)
+        disk = sum(rate.disk_bytes for _, rate in pairs)
+        parts.append(
+            f"about {duration(seconds)}, {memory / 1e9:.1f} GB of memory, {disk / 1e6:.0f} MB of disk"
+        )
+    out.caption = "; ".join(parts)
+
+
+def _seconds(config: RunConfig, rate: Rate) -> float:
+    return samples(config) * rate.train_seconds + eval_items(config) * rate.eval_seconds + rate.other_seconds

@@ -1,0 +1,73 @@
+"""What studies may name exists: arms, mixtures of real domains, spaces over real settings, valid studies."""
+
+import importlib
+from dataclasses import fields
+
+import pytest
+
+from orchestrator.plan import planned
+from orchestrator.spaces import read_space
+from orchestrator.study import STUDIES, load
+from search_spaces import adapters, mixtures, optim
+from workloads.config import OptimConfig, methods, read_yaml
+from workloads.data.pocket import DOMAINS
+
+STUDY_NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+PROFILES = [
+    (name, profile)
+    for name in STUDY_NAMES
+    for profile in ("full", *read_yaml(STUDIES / f"{name}.yaml").get("profiles", {}))
+]
+
+
+def test_every_method_has_one_arm():
+    assert sorted(adapters.ARMS) == methods()
+    assert set(adapters.SPACES) <= set(adapters.ARMS)
+
+
+@pytest.mark.parametrize("method", sorted(adapters.SPACES))
+def test_a_methods_space_is_over_settings_that_it_has(method):
+    config = importlib.import_module(f"workloads.adapters.{method}").Config
+    names = {f"adapter.{field.name}" for field in fields(config)}
+    assert set(read_space(adapters.SPACES[method], method)) <= names
+    assert {f"adapter.{key}" for key in adapters.ARMS[method]} <= names
+
+
+@pytest.mark.parametrize("name", sorted(optim.SPACES))
+def test_optimiser_spaces_are_over_settings_of_the_optimiser(name):
+    assert set(read_space(optim.SPACES[name], name)) <= {
+        f"optim.{field.name}" for field in fields(OptimConfig)
+    }
+
+
+@pytest.mark.parametrize("name", sorted(mixtures.MIXTURES))
+def test_a_mixture_is_over_known_domains_with_positive_weights(name):
+    mixture = mixtures.MIXTURES[name]
+    assert mixture
+    assert set(mixture) <= set(DOMAINS)
+    assert all(weight > 0 for weight in mixture.values())
+
+
+@pytest.mark.parametrize(("name", "profile"), PROFILES)
+def test_a_packaged_study_states_its_question_and_is_valid(name, profile):
+    study = load(name, profile)
+    assert study.hypothesis
+    assert planned(study)
+    head = (STUDIES / f"{name}.yaml").read_text().splitlines()[:10]
+    assert any(line.startswith("# Cost:") for line in head)
+    assert any(line.startswith("# Result:") for line in head)
+
+
+def test_tuning_uses_validation_and_seeds_that_the_comparison_never_sees():
+    tuning, comparison = load("tune_learning_rate"), load("twice_the_samples")
+    assert tuning.set["eval.split"] == "val"
+    assert comparison.set["eval.split"] == "test"
+    assert not set(tuning.seeds) & set(comparison.seeds)
+    assert {arm.name for arm in tuning.arms} == {arm.name for arm in comparison.arms}
+
+
+def test_the_comparison_gives_every_arm_the_same_seeds_and_domains_a_solo_arm():
+    study = load("twice_the_samples")
+    assert set(study.comparison["solo"]) == set(DOMAINS)
+    assert set(study.comparison["mole"]) == {"mole_hard", "mole_scaled"}
+    assert len(study.seeds) == 8
