@@ -38,6 +38,8 @@ class Search:
     """A random search: every arm gets `trials_per_arm` points, each run with every tuning seed."""
 
     space: Space
+    # Search each arm's own method settings too, as search_spaces.adapters.SPACES names them.
+    method_space: bool = False
     trials_per_arm: int = 8
     scheduler: str = "none"
     metric: str = "score"

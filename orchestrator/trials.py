@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.study import Arm, Study
-from search_spaces.adapters import ARMS
+from search_spaces.adapters import ARMS, SPACES, Space
 from search_spaces.mixtures import MIXTURES
 from workloads.config import RunConfig, from_tree, to_tree
 from workloads.data import mixture, sources
@@ -53,10 +53,17 @@ def search_points(study: Study) -> list[Trial]:
     assert search is not None
     out = []
     for arm in study.arms:
-        point = {key: _first(part) for key, part in search.space.items()}
+        point = {key: _first(part) for key, part in space_of(study, arm).items()}
         first = build(arm_tree(study, arm), arm.name, search.seeds[0], point)
         out += [first] * (search.trials_per_arm * len(search.seeds))
     return out
+
+
+def space_of(study: Study, arm: Arm) -> Space:
+    """What is searched for one arm."""
+    assert study.search is not None
+    own = SPACES[arm_tree(study, arm)["adapter"]["name"]] if study.search.method_space else {}
+    return {**study.search.space, **own}
 
 
 def distinct(trials: list[Trial]) -> dict[str, Trial]:

@@ -15,7 +15,7 @@ from orchestrator.store import ERROR, Ledger, Store
 from orchestrator.study import Resources, Study
 from orchestrator.sweep import SCRATCH
 from orchestrator.trial import FAILED, Place, resolve, run_trial
-from orchestrator.trials import Trial, arm_tree, row
+from orchestrator.trials import Trial, arm_tree, row, space_of
 from orchestrator.worker import DRIVER_CPU
 
 # A trial that could not say what went wrong: its process is gone.
@@ -56,7 +56,7 @@ def run_search(study: Study, store: Store, watcher: "Watcher", slots: int) -> No
             "arm": arm.name,
             "seed": tune.grid_search(list(search.seeds)),
             "base": json.dumps(tree),
-            "point": sampled(search.space),
+            "point": sampled(space_of(study, arm)),
         }
         first = resolve({**spec, "seed": search.seeds[0], "point": {}})
         place = Place(root=str(store.root), spread=study.resources.spread, metric=metric)

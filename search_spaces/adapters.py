@@ -14,8 +14,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "mole": {},
 }
 
-# Method -> what a study without a `space` of its own searches, beside the learning rate.
+# Method -> what a search with `method_space: true` searches beside its own space.
 SPACES: dict[str, Space] = {
     "lora": {"adapter.rank": {"choice": [1, 2, 4, 8, 16]}},
-    "mole": {"adapter.num_experts": {"choice": [2, 3, 4]}},
+    "mole": {
+        "adapter.num_experts": {"choice": [2, 3, 4]},
+        "adapter.balance_weight": {"choice": [0.0, 0.001, 0.01]},
+    },
 }

@@ -14,7 +14,7 @@ from workloads.data import pool
 from workloads.evaluation.answer import Answered
 from workloads.evaluation.scorers import exact, majority
 from workloads.record import Cost, DomainScore, RunRecord
-from workloads.training import checkpoint
+from workloads.training import checkpoint, engine
 from workloads.training.loop import Trained
 
 
@@ -78,9 +78,11 @@ def write(
     attached: Attached,
     predictions: list[dict[str, Any]],
 ) -> None:
-    """Write adapter and predictions, then the record that marks the run as finished, then drop checkpoints."""
-    adapters.save(folder / record.ADAPTER, weights, config.adapter, attached, config.model.name_or_path)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
-    (folder / record.PREDICTIONS).write_text(text, encoding="utf-8")
-    record.save(result, folder)
-    checkpoint.remove_all(folder / record.CHECKPOINT)
+    """Rank 0 writes adapter and predictions, then the record that marks the run as finished, and drops checkpoints."""
+    if engine.rank() == 0:
+        adapters.save(folder / record.ADAPTER, weights, config.adapter, attached, config.model.name_or_path)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+        (folder / record.PREDICTIONS).write_text(text, encoding="utf-8")
+        record.save(result, folder)
+        checkpoint.remove_all(folder / record.CHECKPOINT)
+    engine.barrier()

@@ -82,9 +82,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         cost=results.cost(trained, attached, weights, eval_seconds, time.monotonic() - began),
         num_resumes=trained.num_resumes,
     )
-    if engine.rank() == 0:
-        results.write(config, folder, result, weights, attached, answered.predictions)
-    engine.barrier()
+    results.write(config, folder, result, weights, attached, answered.predictions)
     report({"event": "finished", "step": trained.num_steps, "seconds": result.cost.seconds}, folder)
     return result
 

@@ -23,8 +23,7 @@ def plan(
 
     store, out = Store(root), console()
     loaded = load(study, profile)
-    trials = planning.representatives(loaded)
     if calibrate:
         store.require_writable()
-        planning.calibrate(trials, store, out)
+        planning.calibrate(planning.representatives(loaded), store, out)
     out.print(planning.table(loaded, store))

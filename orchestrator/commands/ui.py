@@ -35,7 +35,16 @@ def ui(
     say(console(), f"MLflow for {name}: http://127.0.0.1:{port} (Ctrl-C ends it)")
     store_uri, artifacts = f"sqlite:///{folder / 'mlflow.db'}", (folder / "artifacts").as_uri()
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri]
-    command += ["--default-artifact-root", artifacts, "--host", "127.0.0.1", "--port", str(port)]
+    command += [
+        "--default-artifact-root",
+        artifacts,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
     # MLflow's job workers serve features that are not used here, and take seconds to start.
     settings = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     os.execve(command[0], command, {**os.environ, **settings})

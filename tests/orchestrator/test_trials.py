@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import yaml
 
 from orchestrator.study import from_tree
 from orchestrator.trials import distinct, fixed, flat_params, label, put, search_points
@@ -13,8 +14,6 @@ from workloads.errors import UserError
 
 @pytest.fixture
 def trials(tmp_path, recipe):
-    import yaml
-
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
     def make(profile: str = "full", **tree):
@@ -105,14 +104,21 @@ def test_an_arm_without_experts_is_refused_with_its_name(trials):
 
 
 def test_a_search_has_equal_trials_for_every_arm(tmp_path, recipe):
-    import yaml
-
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     search = {"space": "learning_rate", "trials_per_arm": 3, "seeds": [9, 8]}
     tree = {"recipe": "recipe.yaml", "arms": ["lora", "mole"], "search": search}
     points = search_points(from_tree(tree, "tiny", "full", tmp_path))
     counts = {arm: sum(t.arm.startswith(arm) for t in points) for arm in ("lora", "mole")}
     assert counts == {"lora": 6, "mole": 6}
+
+
+def test_a_search_may_take_in_each_methods_own_settings(tmp_path, recipe):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    search = {"space": "learning_rate", "method_space": True, "trials_per_arm": 1}
+    tree = {"recipe": "recipe.yaml", "arms": ["lora", "mole"], "search": search}
+    lora, mole = search_points(from_tree(tree, "tiny", "full", tmp_path))
+    assert set(lora.point) == {"optim.lr", "adapter.rank"}
+    assert set(mole.point) == {"optim.lr", "adapter.num_experts", "adapter.balance_weight"}
 
 
 def test_a_label_shows_what_varies():
