@@ -47,6 +47,13 @@ def test_configuration_is_frozen():
         (changed(schema_version=99), ["schema_version", "99"]),
         (changed(optim=[1]), ["optim", "mapping"]),
         (changed(seed="one"), ["seed", "one"]),
+        (changed(seed=2**70), ["seed", "2**63"]),
+        (changed(optim=0), ["optim", "mapping"]),
+        (changed(optim={"lr": "inf"}), ["optim.lr", "inf", "finite"]),
+        (changed(adapter={"name": "lora", "alpha": "nan"}), ["adapter.alpha", "nan", "finite"]),
+        (changed(adapter={"name": "mole", "alpha": 0}), ["adapter.alpha", "above 0"]),
+        (changed(data={"mixture": {"general": "inf"}}), ["data.mixture.general", "finite"]),
+        (changed(init_from="../../x"), ["init_from", "16 hex digits"]),
     ],
 )
 def test_a_mistake_is_told_in_one_line(tree, words):
@@ -87,3 +94,7 @@ def test_overrides_win_and_are_checked(tmp_path):
         load(path, ["adapter.rank"])
     with pytest.raises(UserError, match="did you mean 'rank'"):
         load(path, ["adapter.rnk=2"])
+    with pytest.raises(UserError, match="override"):
+        load(path, ["adapter.targets=[q_proj"])
+    with pytest.raises(UserError, match="every value has to be given"):
+        load(path, ["optim.lr=???"])

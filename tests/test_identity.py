@@ -3,7 +3,7 @@
 import pytest
 
 from workloads.config import from_tree
-from workloads.identity import fingerprint
+from workloads.identity import fingerprint, model_hash
 
 GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
 
@@ -12,7 +12,7 @@ GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
     "change",
     [
         {"seed": 1}, {"optim": {"lr": 0.5}}, {"optim": {"global_batch": 32}}, {"optim": {"dtype": "bf16"}},
-        {"adapter": {"name": "lora", "rank": 9}}, {"adapter": {"name": "mole"}}, {"init_from": "abc"},
+        {"adapter": {"name": "lora", "rank": 9}}, {"adapter": {"name": "mole"}}, {"init_from": "a" * 16},
         {"data": {"mixture": {"general": 2.0}}}, {"data": {"mixture": {"general": 1.0}, "samples": 9}},
         {"eval": {"split": "val"}},
     ],
@@ -27,6 +27,28 @@ def test_what_changes_a_number_changes_the_fingerprint(change):
 )
 def test_where_a_run_happens_leaves_the_fingerprint(change):
     assert fingerprint(from_tree(GOOD)) == fingerprint(from_tree({**GOOD, **change}))
+
+
+def test_layout_enters_the_fingerprint_exactly_when_numbers_depend_on_it():
+    two = {"execution": {"workers": 2}}
+    for adapter, matters in (
+        ({"name": "lora"}, False),
+        ({"name": "lora", "dropout": 0.1}, True),
+        ({"name": "mole"}, False),
+        ({"name": "mole", "balance_form": "switch"}, True),
+    ):
+        tree = {**GOOD, "adapter": adapter}
+        assert (fingerprint(from_tree(tree)) != fingerprint(from_tree({**tree, **two}))) == matters
+
+
+def test_a_changed_chat_template_changes_the_models_hash_and_a_card_does_not(tmp_path):
+    for name in ("config.json", "chat_template.jinja", "card.json"):
+        (tmp_path / name).write_text("{}")
+    first = model_hash(str(tmp_path))
+    (tmp_path / "card.json").write_text('{"seconds": 1}')
+    assert model_hash(str(tmp_path)) == first
+    (tmp_path / "chat_template.jinja").write_text("changed")
+    assert model_hash(str(tmp_path)) != first
 
 
 def test_the_order_of_keys_leaves_the_fingerprint():

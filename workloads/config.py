@@ -7,6 +7,7 @@ its fingerprint (`workloads.identity`); all other fields do.
 import dataclasses
 import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from workloads.errors import UserError, require, require_known
 
@@ -102,6 +104,13 @@ class AdapterConfig:
 
     name: str
 
+    def layout_matters(self) -> bool:
+        """Whether numbers depend on workers and micro-batches, which then enter the fingerprint."""
+        return False
+
+    def check(self) -> None:
+        """Raise `UserError` on values out of range."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -134,7 +143,7 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     require_known("", tree, [f.name for f in dataclasses.fields(RunConfig)])
     parts: dict[str, Any] = {}
     for name, kind in _SECTIONS.items():
-        parts[name] = _section(kind, rest.pop(name, None) or {}, name)
+        parts[name] = _section(kind, rest.pop(name, {}), name)
     for key, kind in (("schema_version", int), ("seed", int), ("name", str), ("init_from", str)):
         if key in rest:
             require(
@@ -188,8 +197,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
         return plain(
             OmegaConf.merge(OmegaConf.create(dict(tree)), OmegaConf.from_dotlist(words)), "overrides"
         )
-    except OmegaConfBaseException as error:
-        raise UserError(f"override: {str(error).splitlines()[0]}") from None
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"override: {' '.join(str(error).split())}") from None
 
 
 def plain(tree: Any, where: str) -> dict[str, Any]:
@@ -197,6 +206,7 @@ def plain(tree: Any, where: str) -> dict[str, Any]:
     container = OmegaConf.to_container(tree, resolve=False)
     text = OmegaConf.to_yaml(tree)
     require("${" not in text, where, "${...}", "interpolation is not supported")
+    require("???" not in text, where, "???", "every value has to be given")
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 
@@ -213,14 +223,14 @@ def _section(kind: type, tree: Mapping[str, Any], where: str) -> Any:
     """One checked dataclass; strings that YAML would read as numbers are accepted as OmegaConf reads them."""
     require(isinstance(tree, Mapping), where, tree, "a mapping")
     require_known(f"{where}.", tree, [f.name for f in dataclasses.fields(kind)])
-    for key, value in tree.items():
-        _finite(value, f"{where}.{key}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(tree)))
-        return OmegaConf.to_object(merged)
+        section: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{where}.{error.full_key}" if error.full_key else where
         raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+    _finite(dataclasses.asdict(section), where)
+    return section
 
 
 def _finite(value: Any, key: str) -> None:
@@ -270,7 +280,9 @@ def check(config: RunConfig) -> None:
     )
     for key, value in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         require(0 <= value < 1, f"optim.{key}", value, "from 0 to below 1")
-    require(config.seed >= 0, "seed", config.seed, "0 or more")
+    require(0 <= config.seed < 2**63, "seed", config.seed, "from 0 to below 2**63")
+    fresh = config.init_from == "" or re.fullmatch("[0-9a-f]{16}", config.init_from) is not None
+    require(fresh, "init_from", config.init_from, "a fingerprint of 16 hex digits, or nothing")
     require(ex.zero_stage in (0, 1, 2, 3), "execution.zero_stage", ex.zero_stage, "0, 1, 2 or 3")
     require(ex.checkpoint_every >= 0, "execution.checkpoint_every", ex.checkpoint_every, "0 or more")
     require(
@@ -279,6 +291,4 @@ def check(config: RunConfig) -> None:
         optim.global_batch,
         f"a multiple of execution.workers ({ex.workers})",
     )
-    checker = getattr(config.adapter, "check", None)
-    if checker is not None:
-        checker()
+    config.adapter.check()

@@ -3,6 +3,7 @@
 import platform
 import re
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,19 +38,26 @@ def describe() -> dict[str, str]:
 def git_commit() -> str:
     """The commit this code is at, `+changes` when the tree differs from it, or 'not a git checkout'."""
     here = Path(__file__).resolve().parent
-    ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    # A virtual environment may lie in a repository of the user's own.
+    is_ours = _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+    commit = _git(here, "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*")
+    return commit if is_ours and commit else "not a git checkout"
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git prints, or nothing when it fails, is missing or takes too long."""
     try:
+        ask = ["git", "-C", str(folder), *words]
         answer = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=False)
-    except FileNotFoundError:
-        return "not a git checkout"
-    tracked = answer.returncode == 0 and answer.stdout.strip()
-    return answer.stdout.strip() if tracked else "not a git checkout"
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""
 
 
 def reset_peak() -> None:
-    """Start measuring the peak resident set anew; without /proc the peak is the process's own."""
+    """Start measuring the peak resident set anew, where the system allows it."""
     path = Path("/proc/self/clear_refs")
-    if path.exists():
+    with suppress(OSError):  # not there or not writable: the peak is the process's own
         path.write_text("5", encoding="ascii")
 
 

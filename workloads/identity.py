@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from workloads.config import SCHEMA_VERSION, RunConfig, to_tree
 
 # Parts of the configuration that name or place a run without changing its numbers.
 _NOT_IDENTITY = ("name", "execution", "schema_version")
+# Files beside a model that are about it and decide no number.
+_ABOUT_A_MODEL = ("card.json", "README.md", "LICENSE", ".gitattributes")
 
 
 def fingerprint(config: RunConfig) -> str:
     """16 hex digits, equal for two configurations exactly when their numbers are the same by definition."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    if config.adapter.layout_matters():
+        tree["layout"] = [config.execution.workers, config.execution.micro_batch]
     text = json.dumps({"schema": SCHEMA_VERSION, "config": tree, **identity(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -36,23 +41,30 @@ def identity(config: RunConfig) -> dict[str, str]:
 
 
 def model_hash(name_or_path: str) -> str:
-    """Hash of the base model's files (configuration, tokenizer and safetensors)."""
+    """Hash of the base model's files: configuration, tokenizer, chat template, weights."""
     from workloads.llava.folder import resolve
 
     folder = resolve(name_or_path)
-    return hash_files(tuple(sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors"))))
+    return hash_files(sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _ABOUT_A_MODEL))
 
 
 def data_hash(source: str) -> str:
     """The source's own version and the hash of its raw files."""
     module: Any = importlib.import_module(f"workloads.data.sources.{source}")
-    return f"{module.VERSION}-{hash_files(tuple(module.files()))}"
+    return f"{module.VERSION}-{hash_files(module.files())}"
 
 
-@cache
-def hash_files(paths: tuple[Path, ...]) -> str:
+def hash_files(paths: Iterable[Path]) -> str:
     """16 hex digits over names and contents, in the order given."""
     total = hashlib.sha256()
     for path in paths:
-        total.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+        state = path.stat()
+        total.update(path.name.encode() + b"\0" + _digest(path, state.st_size, state.st_mtime_ns))
     return total.hexdigest()[:16]
+
+
+@cache
+def _digest(path: Path, size: int, changed: int) -> bytes:
+    """Hash of one file; size and time of change are the cache's key, so that a changed file is read again."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

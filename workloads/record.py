@@ -135,10 +135,11 @@ def is_finished(folder: Path) -> bool:
 def append_event(folder: Path, event: dict[str, Any]) -> None:
     """Append one line to `events.jsonl`; a single write, so that a killed process leaves whole lines."""
     line = json.dumps({"schema_version": RECORD_VERSION, **event}, allow_nan=False) + "\n"
-    path = folder / EVENTS
-    cut = path.is_file() and not path.read_bytes().endswith(b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + line if cut else line)
+    with (folder / EVENTS).open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        cut = size > 0 and file.read(1) != b"\n"
+        file.write(("\n" + line if cut else line).encode())
 
 
 def read_events(folder: Path) -> Iterator[dict[str, Any]]:

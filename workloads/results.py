@@ -1,16 +1,19 @@
 """From answers to a record: scores by domain and question type, metrics for reports, cost, and the files of a run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workloads import adapters, environment, record
+from workloads import adapters, environment, identity, record
 from workloads.adapters.base import Attached
-from workloads.config import RunConfig
+from workloads.config import RunConfig, to_tree
 from workloads.data import pool
+from workloads.data.mixture import Slot
+from workloads.data.pool import Pool
 from workloads.evaluation.answer import Answered
 from workloads.evaluation.scorers import exact, majority
 from workloads.record import Cost, DomainScore, RunRecord
@@ -49,8 +52,34 @@ def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, floa
     return {**metrics, "peak_bytes": environment.peak_bytes()}
 
 
+def described(config: RunConfig, attached: Attached, environment_: dict[str, str]) -> dict[str, Any]:
+    """The fields of a record that say what was run, on what."""
+    return {
+        "fingerprint": identity.fingerprint(config),
+        "name": config.name,
+        "seed": config.seed,
+        "config": to_tree(config),
+        "identity": identity.identity(config),
+        "environment": environment_,
+        "capabilities": asdict(attached.capabilities),
+    }
+
+
+def trained(outcome: Trained, pools: Mapping[str, Pool], stream: Sequence[Slot]) -> dict[str, Any]:
+    """The fields of a record that say what training saw and how it ended."""
+    return {
+        "stream_hash": pool.content_hash(pools, stream),
+        "sample_shares": outcome.sample_shares,
+        "token_shares": outcome.token_shares,
+        "num_steps": outcome.num_steps,
+        "num_samples": len(stream),
+        "train_loss": outcome.train_loss,
+        "num_resumes": outcome.num_resumes,
+    }
+
+
 def cost(
-    trained: Trained,
+    outcome: Trained,
     attached: Attached,
     weights: Mapping[str, torch.Tensor],
     eval_seconds: float,
@@ -59,10 +88,10 @@ def cost(
     """What the run took."""
     return Cost(
         seconds=seconds,
-        train_seconds=trained.seconds,
+        train_seconds=outcome.seconds,
         eval_seconds=eval_seconds,
-        samples_per_second=trained.samples_per_second,
-        tokens_per_second=trained.tokens_per_second,
+        samples_per_second=outcome.samples_per_second,
+        tokens_per_second=outcome.tokens_per_second,
         peak_bytes=environment.peak_bytes(),
         trainable=sum(w.numel() for w in weights.values()),
         adapter_weights=attached.num_weights,

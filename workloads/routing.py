@@ -20,8 +20,8 @@ ROUTER_GRADS: tuple[str, ...] = get_args(RouterGrad)
 
 
 def top1(scores_BTE: Tensor) -> tuple[Tensor, Tensor]:
-    """Router probabilities (B, T, E) in fp32 and the preferred expert (B, T) of every token."""
-    probs_BTE = scores_BTE.float().softmax(dim=-1)
+    """Router probabilities (B, T, E) in at least fp32 and the preferred expert (B, T) of every token."""
+    probs_BTE = scores_BTE.to(torch.promote_types(scores_BTE.dtype, torch.float32)).softmax(dim=-1)
     return probs_BTE, probs_BTE.argmax(dim=-1)
 
 
@@ -51,7 +51,8 @@ def balance_loss(
 
     sample  mean over samples of sum_j P_j C_j, where P_j and C_j are a sample's mean probability of and share
             of tokens on expert j (1/E when balanced). A sum over samples, so independent of batching.
-    switch  E * sum_j P_j C_j with P and C over all tokens of the batch (1 when balanced).
+    switch  E * sum_j P_j C_j with P and C over all tokens of the batch (1 when balanced). Not a sum over
+            samples: it depends on how the global batch is cut into micro-batches.
     joint   P and C are means over layers and tokens together; per_layer: the mean of each layer's loss.
     """
     if scope == "per_layer":

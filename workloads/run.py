@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,58 +30,51 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     """Do one run, or go on with the one that `folder` holds; returns its record.
 
     `report(metrics, None)` is called by every rank equally often with metrics reduced over ranks, and
-    `report(metrics, folder)` once at the end. Only rank 0 writes to `folder`.
+    `report(metrics, folder)` once at the end. Only rank 0 writes to `folder`, which all ranks must see.
     Raises `UserError` on mistakes of the user, before anything is written.
     """
     began = time.monotonic()
-    if record.is_finished(folder):
-        return record.load(folder)
     check_data(config)
     torch.set_num_threads(config.execution.threads)
     environment.reset_peak()
     engine.join()
+    if _finished(config, folder):
+        return record.load(folder)
+    described = environment.describe()
     trace = Trace()
     llava, attached = _attached(config, trace, folder)
-    pools = _train_pools(config, llava)
-    rejected = pool.check_rejected(list(pools.values()), config.data.max_rejected)
+    domains = sorted(config.eval.domains or pool.source(config.data.source).available(config.eval.split))
+    pools = _pools(config, llava, list(mixture.counts(config.data)), "train")
+    eval_pools = _pools(config, llava, domains, config.eval.split)
+    rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
     stream = mixture.stream(config.data, {d: p.accepted for d, p in pools.items()}, config.seed)
+    items = {d: _first(config, d, p) for d, p in eval_pools.items()}
     _start_folder(config, folder, rejected)
     emit = _Events(folder, report)
+    torch.manual_seed(config.seed + 1_000_003 * (engine.rank() + 1))  # ranks draw different dropout masks
     trained_engine = engine.Engine(
         llava.model, config.optim, config.execution, projector_weights(llava.model)
     )
-    trained = Loop(config, llava, attached, trace, trained_engine, pools, stream).run(
-        folder / record.CHECKPOINT, emit
-    )
-    weights = checkpoint.trained_weights(llava.model)
-    mark = time.monotonic()
-    eval_pools, items = _eval_items(config, llava)
-    answered = answer(config, llava, trace, eval_pools, items)
-    eval_seconds = time.monotonic() - mark
-    optimizer_bytes = trained_engine.optimizer_bytes()
-    trained_engine.close()
+    try:
+        loop = Loop(config, llava, attached, trace, trained_engine, pools, stream)
+        trained = loop.run(folder / record.CHECKPOINT, emit)
+        weights = checkpoint.trained_weights(llava.model)
+        mark = time.monotonic()
+        answered = answer(config, llava, trace, eval_pools, items)
+        eval_seconds = time.monotonic() - mark
+        optimizer_bytes = trained_engine.optimizer_bytes()
+    finally:
+        trained_engine.close()
     scores = results.domain_scores(config, answered)
     emit({**results.eval_metrics(scores, trained.num_steps), "optimizer_bytes": optimizer_bytes})
     result = RunRecord(
-        fingerprint=identity.fingerprint(config),
-        name=config.name,
-        seed=config.seed,
-        config=to_tree(config),
-        identity=identity.identity(config),
-        environment=environment.describe(),
-        capabilities=asdict(attached.capabilities),
-        stream_hash=pool.content_hash(pools, stream),
-        eval_hash=pool.content_hash(eval_pools, [Slot(domain=d, index=i) for d in items for i in items[d]]),
-        sample_shares=trained.sample_shares,
-        token_shares=trained.token_shares,
-        num_steps=trained.num_steps,
-        num_samples=len(stream),
+        **results.described(config, attached, described),
+        **results.trained(trained, pools, stream),
         num_rejected=len(rejected),
-        train_loss=trained.train_loss,
+        eval_hash=pool.content_hash(eval_pools, [Slot(domain=d, index=i) for d in items for i in items[d]]),
         scores=scores,
         routing=answered.routing,
         cost=results.cost(trained, attached, weights, eval_seconds, time.monotonic() - began),
-        num_resumes=trained.num_resumes,
     )
     results.write(config, folder, result, weights, attached, answered.predictions)
     report({"event": "finished", "step": trained.num_steps, "seconds": result.cost.seconds}, folder)
@@ -99,16 +93,31 @@ def check_data(config: RunConfig) -> None:
         require(config.eval.samples <= available[domain], "eval.samples", config.eval.samples, allowed)
 
 
+def _finished(config: RunConfig, folder: Path) -> bool:
+    """Whether `folder` holds this run's record; the same answer on every rank."""
+    workers = config.execution.workers
+    allowed = f"this process group has {engine.world_size()} worker(s)"
+    require(workers == engine.world_size(), "execution.workers", workers, allowed)
+    path = checkpoint.latest(folder / record.CHECKPOINT)
+    views = engine.gather_objects((record.is_finished(folder), path and path.name))
+    if len(set(views)) > 1:
+        raise UserError(f"{folder}: the workers see different files; put it where all nodes share it")
+    if views[0][0]:
+        wanted, found = identity.fingerprint(config), record.load(folder).fingerprint
+        require(found == wanted, str(folder), found, f"it holds another run; this one is {wanted}")
+    return bool(views[0][0])
+
+
 class _Events:
     """Appends every report to events.jsonl once, also when a resumed run computes some of them again."""
 
     def __init__(self, folder: Path, report: Report) -> None:
         self.folder, self.report = folder, report
-        last = max((int(e["step"]) for e in record.read_events(folder) if e["event"] == "train"), default=0)
-        self.last = int(engine.gather_objects(last)[0])
+        seen = {(event["event"], event["step"]) for event in record.read_events(folder)}
+        self.seen: set[tuple[object, object]] = engine.gather_objects(seen)[0]
 
     def __call__(self, metrics: Mapping[str, float | int | str]) -> None:
-        if metrics["event"] == "train" and int(metrics["step"]) <= self.last:
+        if (metrics["event"], metrics["step"]) in self.seen:
             return
         event: Metrics = {"time": time.time(), **metrics}
         if engine.rank() == 0:
@@ -118,7 +127,9 @@ class _Events:
 
 def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Attached]:
     """The base with the method on it; fresh, from another run's adapter, or from this run's checkpoint."""
-    llava = build(config.model, config.optim.dtype, engine.sharded_init(config.execution.zero_stage))
+    sharded = engine.sharded_init(config.execution.zero_stage, config.optim.dtype)
+    llava = build(config.model, config.optim.dtype, sharded)
+    check_context(config, llava)
     llava.model.to(engine.device())  # pyright: ignore[reportArgumentType]
     torch.manual_seed(config.seed)
     attached = adapters.attach(llava.model, config.adapter, trace)
@@ -130,44 +141,54 @@ def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Att
     if path := checkpoint.latest(folder / record.CHECKPOINT):
         checkpoint.load_adapter(path, llava.model)
     elif config.init_from:
-        start = folder.parent / config.init_from / record.ADAPTER
-        require(
-            start.is_dir(),
-            "init_from",
-            config.init_from,
-            f"the fingerprint of a finished run in {folder.parent}",
+        start = folder.parent / config.init_from
+        allowed = f"the fingerprint of a finished run in {folder.parent}"
+        require(record.is_finished(start), "init_from", config.init_from, allowed)
+        base, other = identity.model_hash(config.model.name_or_path), record.load(start).identity["model"]
+        require(base == other, "init_from", config.init_from, f"a run on this base ({base}, not {other})")
+        checkpoint.load_weights(
+            llava.model, adapters.read(start / record.ADAPTER), f"init_from {config.init_from}"
         )
-        checkpoint.load_weights(llava.model, adapters.read(start), f"init_from {config.init_from}")
     return llava, attached
 
 
-def _train_pools(config: RunConfig, llava: Llava) -> dict[str, Pool]:
+def check_context(config: RunConfig, llava: Llava) -> None:
+    """Raise `UserError` when prompts and answers may be longer than the language model's context."""
+    text: Any = llava.model.config.text_config
+    context: int = text.max_position_embeddings
+    length = config.data.max_length
+    require(length <= context, "data.max_length", length, f"at most the model's context of {context} tokens")
+    room = context - config.eval.max_new_tokens
+    allowed = f"less than the model's context of {context} tokens, prompt included"
+    require(room >= length, "eval.max_new_tokens", config.eval.max_new_tokens, allowed)
+
+
+def _pools(config: RunConfig, llava: Llava, domains: list[str], split: str) -> dict[str, Pool]:
     data = config.data
     return {
-        domain: pool.load(data.source, domain, "train", llava.prompter, data.max_length, data.blind)
-        for domain in mixture.counts(data)
+        domain: pool.load(data.source, domain, split, llava.prompter, data.max_length, data.blind)
+        for domain in domains
     }
 
 
-def _eval_items(config: RunConfig, llava: Llava) -> tuple[dict[str, Pool], dict[str, list[int]]]:
-    """The first usable items of every domain's split; the same for every run."""
-    data, split = config.data, config.eval.split
-    domains = sorted(config.eval.domains or pool.source(data.source).available(split))
-    pools = {
-        d: pool.load(data.source, d, split, llava.prompter, data.max_length, data.blind) for d in domains
-    }
-    return pools, {d: p.accepted[: config.eval.samples] for d, p in pools.items()}
+def _first(config: RunConfig, domain: str, items: Pool) -> list[int]:
+    """The first usable items of a domain; the same for every run."""
+    allowed = f"{len(items.accepted)} items of {domain} are usable"
+    require(config.eval.samples <= len(items.accepted), "eval.samples", config.eval.samples, allowed)
+    return items.accepted[: config.eval.samples]
 
 
 def _start_folder(config: RunConfig, folder: Path, rejected: list[Rejected]) -> None:
-    """Write what is known before training: the configuration and the rejected samples."""
+    """Write what is known before training: the configuration and the rejected samples; all ranks learn of a failure."""
+    fault = ""
     if engine.rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             record.write_json(folder / record.CONFIG, to_tree(config))
+            if rejected:
+                text = "".join(json.dumps(asdict(bad)) + "\n" for bad in rejected)
+                (folder / record.REJECTED).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-        if rejected:
-            text = "".join(json.dumps(asdict(bad)) + "\n" for bad in rejected)
-            (folder / record.REJECTED).write_text(text, encoding="utf-8")
-    engine.barrier()
+            fault = f"{folder}: cannot be written: {error.strerror}"
+    if fault := engine.gather_objects(fault)[0]:
+        raise UserError(fault)

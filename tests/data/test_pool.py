@@ -93,6 +93,15 @@ def test_a_decompression_bomb_is_refused():
         pool.decode(header[:16] + width + width + header[24:])
 
 
+def test_formats_other_than_png_and_jpeg_are_refused():
+    for header in (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+        b"GIF89a\x08\x00\x08\x00\x00\x00\x00;",
+    ):
+        with pytest.raises(ValueError, match="cannot identify"):
+            pool.decode(header)
+
+
 def test_an_unknown_source_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'pocket'"):
         pool.source("poket")

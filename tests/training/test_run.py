@@ -5,15 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.runs import do, small
-from workloads import record
+from workloads import adapters, record
 from workloads.errors import UserError
 from workloads.evaluation.scorers import exact, normalise
+from workloads.run import run
 
 NUMBERS = (
     "stream_hash",
@@ -47,8 +49,9 @@ def test_same_seed_gives_bit_equal_losses_and_scores(finished, tmp_path):
     again, more = do(small("mole"), tmp_path)
     assert numbers(again) == numbers(first)
     assert losses(more) == losses(reports)
-    other, _ = do(small("mole", seed=1), tmp_path / "other")
-    assert numbers(other) != numbers(first)
+    other, others = do(small("mole", seed=1), tmp_path / "other")
+    assert other.stream_hash != first.stream_hash
+    assert losses(others) != losses(reports)
 
 
 def test_the_folder_holds_everything_and_the_record_what_was_reported(finished):
@@ -157,12 +160,65 @@ def test_init_from_starts_at_the_other_runs_adapter(finished, tmp_path):
     folder, result, _ = finished
     (tmp_path / result.fingerprint).symlink_to(folder)
     config = replace(small("mole", optim={"lr": 1e-12}), init_from=result.fingerprint)
-    follow, _ = do(config, tmp_path / "follow")
-    assert {d: asdict(s)["score"] for d, s in follow.scores.items()} == {
-        d: s.score for d, s in result.scores.items()
-    }
+    do(config, tmp_path / "follow")
+    before, after = (adapters.read(path / record.ADAPTER) for path in (folder, tmp_path / "follow"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-8)
     with pytest.raises(UserError, match="init_from"):
-        do(replace(config, init_from="absent"), tmp_path / "none")
+        do(replace(config, init_from="0" * 16), tmp_path / "none")
+
+
+def test_a_diverged_run_is_told_in_one_line(tmp_path):
+    config = small("lora", optim={"lr": 1e30, "clip": 0.0})
+    with pytest.raises(UserError, match=r"optim\.lr: 1e\+30: training diverged at step"):
+        do(config, tmp_path)
+
+
+def test_a_folder_of_another_run_is_refused(finished):
+    folder, _, _ = finished
+    with pytest.raises(UserError, match="it holds another run"):
+        do(small("mole", seed=7), folder)
+
+
+def test_more_workers_than_there_are_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"execution\.workers: 2 is not allowed"):
+        do(small("lora", execution={"workers": 2}), tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_first_bf16_step_is_adams(stage, tmp_path):
+    """Adam moves every weight by the learning rate at its first step, whatever the gradient's size."""
+    config = small("lora", data={"samples": 2}, optim={"dtype": "bf16", "lr": 0.25, "warmup_ratio": 0.0})
+    config = replace(config, execution=replace(config.execution, zero_stage=stage))
+    do(config, tmp_path)
+    weights = adapters.read(tmp_path / record.ADAPTER)
+    moved = [w.float().abs() for name, w in weights.items() if "lora_B" in name]
+    assert all(w.dtype == torch.bfloat16 for w in weights.values())
+    biggest = max(float(w.max()) for w in moved)
+    assert biggest == pytest.approx(0.25, rel=0.01)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "bf16"), (2, "fp32"), (3, "fp32")])
+def test_an_interrupted_run_resumes_to_the_bit_at_every_stage(stage, dtype, tmp_path):
+    def config_of():
+        return small(
+            "mole",
+            optim={"dtype": dtype},
+            execution={"checkpoint_every": 4, "zero_stage": stage, "gradient_checkpointing": stage == 3},
+            adapter_fields={"dropout": 0.1},
+        )
+
+    def stop(metrics, folder):
+        if metrics["step"] >= 6:
+            raise KeyboardInterrupt
+
+    whole, _ = do(config_of(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config_of(), stop, tmp_path / "broken")
+    resumed, _ = do(config_of(), tmp_path / "broken")
+    assert resumed.num_resumes == 1
+    assert numbers(resumed) == numbers(whole)
 
 
 def test_blind_runs_see_no_image(tmp_path):
@@ -184,6 +240,9 @@ def test_blind_runs_see_no_image(tmp_path):
         ({"eval": {"domains": ["medical"]}}, "eval.domains"),
         ({"model": {"name_or_path": "/nowhere"}}, "model.name_or_path"),
         ({"data": {"max_length": 70}}, "max_rejected"),
+        ({"data": {"max_length": 1000}}, "data.max_length"),
+        ({"eval": {"max_new_tokens": 1000}}, "eval.max_new_tokens"),
+        ({"data": {"mixture": {"general": 0.0001}}}, "data.mixture.general"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_anything_is_written(sections, words, tmp_path):

@@ -15,7 +15,13 @@ from workloads import adapters, record
 ROOT = Path(__file__).parent.parent.parent
 STAGES = (0, 1, 2, 3)
 # 17 samples a domain: the last step has 3 samples for two workers and a micro-batch of 2.
-UNEVEN = {"data": {"samples": 17}, "adapter_fields": {"router_grad": "scaled"}}
+# 7 items a domain: two workers answer 21 items.
+UNEVEN = {
+    "data": {"samples": 17},
+    "eval": {"samples": 7},
+    "optim": {"clip": 0.0},
+    "adapter_fields": {"router_grad": "scaled"},
+}
 
 CHILD = """
 import sys
@@ -79,6 +85,10 @@ def test_two_workers_give_the_curve_of_one(stage, one_worker, two_workers):
     assert shared.stream_hash == result.stream_hash
     assert shared.token_shares == pytest.approx(result.token_shares)
     assert shared.train_loss == pytest.approx(result.train_loss, abs=1e-4)
+    for domain, score in result.scores.items():
+        assert shared.scores[domain].loss == pytest.approx(score.loss, abs=1e-3)
+        for ours, theirs in zip(shared.routing[domain], result.routing[domain], strict=True):
+            assert ours == pytest.approx(theirs, abs=0.02)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -88,7 +98,9 @@ def test_the_gathered_adapter_is_whole(stage, one_worker, two_workers):
     given = adapters.read(two_workers / str(stage) / record.ADAPTER)
     assert {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in wanted.items()}
     for name, tensor in wanted.items():
-        assert float((given[name] - tensor).abs().max()) < 1e-2, name
+        # B starts at 0, so its norm is the distance that it travelled; what A learns is as large.
+        travelled = wanted[name.replace("_A", "_B")].norm() if "_A" in name else tensor.norm()
+        assert float((given[name] - tensor).norm()) < 0.05 * float(travelled), name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workloads.errors import require
+
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -128,10 +130,11 @@ class LoRALinear(nn.Module):
 
 
 class Router(nn.Linear):
-    """A linear with bias whose scores (B, T, E) are computed in fp32 whatever the model's dtype."""
+    """A linear with bias whose scores (B, T, E) are computed in at least fp32 whatever the model's dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input.float(), self.weight.float(), self.bias.float())
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 def put_lora(
@@ -143,6 +146,7 @@ def put_lora(
         for name, module in model.get_submodule("model.language_model").named_modules()
         if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
     ]
+    require(bool(paths), "adapter.targets", list(targets), "the language model has no such linear")
     for path in paths:
         parent_path, leaf = f"model.language_model.{path}".rsplit(".", 1)
         parent = model.get_submodule(parent_path)

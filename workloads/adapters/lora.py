@@ -26,9 +26,14 @@ class Config(AdapterConfig):
     # Last path components of the adapted linears.
     targets: list[str] = field(default_factory=lambda: [*ATTENTION, *MLP])
 
+    def layout_matters(self) -> bool:
+        """Dropout masks depend on how a global batch is cut."""
+        return self.dropout > 0
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of 1 or more")
+        require(self.alpha > 0, "adapter.alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
         require(bool(self.targets), "adapter.targets", self.targets, "name at least one linear")
         known = (*ATTENTION, *MLP)
@@ -42,7 +47,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     put_lora(model, tuple(config.targets), config.rank, config.alpha, config.dropout)
     num_weights = count(model.parameters())
     return Attached(
-        capabilities=Capabilities(mergeable=True),
+        capabilities=Capabilities(),
         num_weights=num_weights,
         num_active=num_weights,
         exported={

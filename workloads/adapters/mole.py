@@ -52,12 +52,17 @@ class Config(AdapterConfig):
     balance_form: routing.BalanceForm = "sample"
     balance_scope: routing.BalanceScope = "joint"
 
+    def layout_matters(self) -> bool:
+        """Dropout masks and the `switch` loss depend on how a global batch is cut."""
+        return self.dropout > 0 or self.balance_form == "switch"
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         for key in ("num_experts", "rank_per_expert"):
             require(
                 getattr(self, key) >= 1, f"adapter.{key}", getattr(self, key), "a whole number of 1 or more"
             )
+        require(self.alpha > 0, "adapter.alpha", self.alpha, "a number above 0")
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
         require(self.balance_weight >= 0, "adapter.balance_weight", self.balance_weight, "0 or more")
 
@@ -71,7 +76,7 @@ class LoRAExperts(nn.Module):
         self.base_layer = base
         self.scale = config.alpha / rank
         self.dropout = config.dropout
-        self.top1 = config.router_grad != "dense"
+        self.one_path = config.router_grad in ("hard", "scaled")
         self.experts_A = kaiming_A(experts, rank, base.in_features, like=base.weight)
         zeros_ERO = torch.zeros(
             experts, rank, base.out_features, dtype=base.weight.dtype, device=base.weight.device
@@ -88,7 +93,9 @@ class LoRAExperts(nn.Module):
         """A_e dropout_e(x) of all experts, stacked on the last axis."""
         if not (self.dropout and self.training):
             return F.linear(x_BTI, self.experts_A.flatten(0, 1))
-        if self.top1:  # a token meets one expert, so one draw per token is one per expert
+        if (
+            self.one_path
+        ):  # values and gradients pass one expert a token, so one draw a token is one an expert
             return F.linear(F.dropout(x_BTI, self.dropout), self.experts_A.flatten(0, 1))
         return torch.cat([F.linear(F.dropout(x_BTI, self.dropout), A_RI) for A_RI in self.experts_A], dim=-1)
 

@@ -34,6 +34,12 @@ def check(config: DataConfig, available: Mapping[str, int]) -> None:
     """Raise `UserError` on unknown domains and on budgets larger than the data."""
     require_known("data.mixture.", config.mixture, available)
     for domain, count in counts(config).items():
+        require(
+            count >= 1,
+            f"data.mixture.{domain}",
+            config.mixture[domain],
+            "at least one sample (weight x data.samples)",
+        )
         fresh = count if config.upsample == "fresh" else min(count, config.samples)
         key = f"data.samples ({fresh} of {domain})"
         require(fresh <= available[domain], key, config.samples, f"{domain} has {available[domain]} samples")

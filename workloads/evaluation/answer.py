@@ -3,7 +3,7 @@
 Shape letters: L layers that route, B batch, T tokens, E experts, N supervised tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,22 +42,19 @@ def answer(
     world, rank = engine.world_size(), engine.rank()
     # Under ZeRO-3 every rank must generate equally often, so short ranks repeat an item.
     share = -(-len(samples) // world)
-    mine = [samples[min(rank + k * world, len(samples) - 1)] for k in range(share)]
+    places = [rank + k * world for k in range(share)]
     domains = sorted(items)
     sums = {d: [0.0, 0.0] for d in domains}
     experts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    for batch in _batches(mine, config.execution.eval_batch):
+    for start in range(0, share, config.execution.eval_batch):
+        chosen = places[start : start + config.execution.eval_batch]
+        batch = [samples[min(place, len(samples) - 1)] for place in chosen]
         rows += _generate(config, llava, batch)
         trace.clear()
-        _teach(config, llava, trace, batch, domains, sums, experts)
+        _teach(config, llava, trace, batch, [place < len(samples) for place in chosen], sums, experts)
         trace.clear()
     return _joined(rows, sums, experts, share, world, len(samples), domains)
-
-
-def _batches(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
-    for i in range(0, len(samples), size):
-        yield samples[i : i + size]
 
 
 def _generate(config: RunConfig, llava: Llava, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -95,15 +92,16 @@ def _teach(
     llava: Llava,
     trace: Trace,
     samples: Sequence[Sample],
-    domains: list[str],
+    counted: Sequence[bool],
     sums: dict[str, list[float]],
     experts: dict[str, Any],
 ) -> None:
-    """Add the loss of the gold answers and the routing of all valid tokens to the running sums."""
+    """Add the gold answers' loss and all valid tokens' routing to the running sums, for samples that count."""
     batch = train_batch(samples, llava).to(engine.device(), DTYPES[config.optim.dtype])
     losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
-    totals, tokens = loss.by_domain(losses_N, rows_N, batch, domains)
-    for domain, total, count in zip(domains, totals, tokens, strict=True):
+    counted_N = torch.tensor(counted, device=rows_N.device)[rows_N]
+    totals, tokens = loss.by_domain(losses_N[counted_N], rows_N[counted_N], batch, list(sums))
+    for domain, total, count in zip(sums, totals, tokens, strict=True):
         sums[domain][0] += total
         sums[domain][1] += count
     if not trace.routes:
@@ -112,6 +110,8 @@ def _teach(
     num_experts = trace.routes[0].probs_BTE.shape[-1]
     load_LBE = routing.load(choice_LBT, batch.mask_BT, num_experts).double()
     for i, sample in enumerate(samples):
+        if not counted[i]:
+            continue
         previous = experts.get(sample.domain, torch.zeros_like(load_LBE[:, 0]))
         experts[sample.domain] = previous + load_LBE[:, i]
 

@@ -59,7 +59,7 @@ def device() -> torch.device:
 
 
 @contextmanager
-def sharded_init(zero_stage: int) -> Iterator[None]:
+def sharded_init(zero_stage: int, dtype: str) -> Iterator[None]:
     """Context under which `from_pretrained` partitions weights as it loads them (ZeRO-3): no worker holds all.
 
     transformers learns of ZeRO-3 through a process-wide setting, which is taken back at the end, so that a
@@ -68,7 +68,7 @@ def sharded_init(zero_stage: int) -> Iterator[None]:
     if zero_stage != 3:
         yield
         return
-    setting = HfDeepSpeedConfig(_zero(zero_stage))
+    setting = HfDeepSpeedConfig(_settings(zero_stage, dtype))
     try:
         yield
     finally:
@@ -108,10 +108,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _zero(stage: int) -> dict[str, Any]:
+def _settings(stage: int, dtype: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": dtype == "bf16"},
     }
 
 
@@ -132,15 +133,17 @@ class Engine:
         betas = (optim.beta1, optim.beta2)
         adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay)
         settings = {
-            **_zero(execution.zero_stage),
+            **_settings(execution.zero_stage, optim.dtype),
             "managed_gradient_accumulation": False,
             "gradient_clipping": optim.clip,
-            "bf16": {"enabled": optim.dtype == "bf16"},
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
         self.engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=adam, config=settings)
         self.optimizer: Any = optimizer
+        if execution.zero_stage == 0:
+            # For bf16 DeepSpeed takes a step without gradients, which Adam's bias correction would count.
+            self._inner().state.clear()
 
     def forward(self, inputs: dict[str, Any]) -> Any:
         """The model's output for keyword inputs."""

@@ -2,11 +2,12 @@
 
 The loss is the sum over all supervised tokens of the global batch divided by their number, over all workers and
 accumulation steps; a method's loss terms are means over the global batch's samples. So 1, 2 or 4 workers and any
-micro-batch size give the same curve up to rounding.
+micro-batch size give the same curve up to rounding, unless the method says that the layout matters.
 
 Shape letters: N supervised tokens.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from workloads.config import RunConfig
 from workloads.data.collate import IGNORE, Batch, train_batch
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Sample
+from workloads.errors import UserError
+from workloads.identity import fingerprint
 from workloads.llava.build import DTYPES, Llava
 from workloads.training import checkpoint, engine, loss
 from workloads.training.optim import cosine_with_warmup
@@ -59,7 +62,10 @@ class Loop:
         self.num_steps = -(-len(stream) // config.optim.global_batch)
         domains = sorted(pools)
         self.tallies = {name: Tally(domains=domains) for name in ("window", "tail", "total")}
-        self.layout = f"{engine.world_size()} worker(s), ZeRO stage {config.execution.zero_stage}"
+        execution = config.execution
+        self.layout = (
+            f"run {fingerprint(config)}, {execution.workers} worker(s), ZeRO stage {execution.zero_stage}"
+        )
         self.dtype = DTYPES[config.optim.dtype]
 
     def run(self, folder: Path, emit: Emit) -> Trained:
@@ -147,6 +153,8 @@ class Loop:
 
     def _report(self, done: int, seconds: float, emit: Emit) -> None:
         window = self.tallies["window"].reduced()
+        if not all(math.isfinite(value) for value in window.metrics().values()):
+            raise UserError(f"optim.lr: {self.config.optim.lr}: training diverged at step {done}; lower it")
         rate = cosine_with_warmup(done - 1, self.num_steps, self.config.optim.warmup_ratio)
         emit(
             {

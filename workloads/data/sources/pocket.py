@@ -20,7 +20,8 @@ def available(split: str) -> dict[str, int]:
 
 def files() -> list[Path]:
     """All that the samples follow from: the packaged pictures and texts, and the code that composes them."""
-    return [assets.FOLDER / name for name in assets.FILES] + sorted(Path(assets.__file__).parent.glob("*.py"))
+    code = sorted(Path(assets.__file__).parent.glob("*.py"))
+    return [*(assets.FOLDER / name for name in assets.FILES), *code, Path(__file__)]
 
 
 def load(domain: str, split: str) -> datasets.Dataset:
