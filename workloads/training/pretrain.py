@@ -7,6 +7,7 @@ Every sample is composed once and never repeated; no question that a domain's ow
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,9 +35,9 @@ class Recipe:
     """Settings of the base's training."""
 
     seed: int = 0
-    num_steps: int = 6000
-    batch: int = 48
-    lr: float = 1.5e-3
+    num_steps: int = 4500
+    batch: int = 32
+    lr: float = 1e-3
     weight_decay: float = 0.02
     warmup_ratio: float = 0.03
     clip: float = 1.0
@@ -169,7 +170,7 @@ def main() -> None:
     llava.model.save_pretrained(out)
     llava.processor.save_pretrained(out)
     card = {
-        "command": "python -m workloads.training.pretrain --out workloads/assets/base",
+        "command": " ".join(["python -m workloads.training.pretrain", *sys.argv[1:]]),
         "recipe": vars(recipe),
         "data_hash": identity.data_hash("pocket"),
         "seconds": round(time.monotonic() - began),
