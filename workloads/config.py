@@ -55,8 +55,8 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay, one pass over the stream."""
 
     lr: float = 2e-3
-    # Learning rate of the projector as a multiple of `lr`.
-    projector_lr_ratio: float = 1.0
+    # Learning rate of the projector as a multiple of `lr`; a tenth, as in LLaVA-1.5's LoRA recipe.
+    projector_lr_ratio: float = 0.1
     # Samples of one optimizer step, over all workers and accumulation steps.
     global_batch: int = 16
     warmup_ratio: float = 0.03
