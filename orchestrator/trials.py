@@ -1,9 +1,7 @@
 """A Study expanded into trials: every arm, grid point and seed as a checked RunConfig with fingerprint."""
 
 import copy
-import importlib
 import itertools
-import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +10,7 @@ from orchestrator.study import Arm, Study
 from search_spaces.adapters import ARMS, SPACES, Space
 from search_spaces.mixtures import MIXTURES
 from workloads.config import RunConfig, from_tree, to_tree
-from workloads.data import mixture, sources
+from workloads.data import sources
 from workloads.errors import UserError, require
 from workloads.identity import fingerprint
 
@@ -100,28 +98,10 @@ def build(base: Mapping[str, Any], arm: str, seed: int, point: Mapping[str, Any]
     name = label(arm, rounded)
     try:
         config = from_tree({**tree, "seed": seed, "name": f"{name}/{seed}"})
-        check_data(config)
+        sources.check(config)
     except UserError as error:
         raise UserError(f"arm {name}: {error}") from None
     return Trial(arm=name, seed=seed, point=rounded, config=config, fingerprint=fingerprint(config))
-
-
-def check_data(config: RunConfig) -> None:
-    """Raise `UserError` on an unknown source or domain and on budgets larger than the data."""
-    names = [module.name for module in pkgutil.iter_modules(sources.__path__)]
-    source = config.data.source
-    require(source in names, "data.source", source, f"sources: {', '.join(names)}", names)
-    known: Any = importlib.import_module(f"workloads.data.sources.{source}")
-    usable = known.available("train")
-    for domain in config.data.mixture:
-        require(domain in usable, "data.mixture", domain, f"domains: {', '.join(usable)}", usable)
-    mixture.check(config.data, usable)
-    available = known.available(config.eval.split)
-    for domain in config.eval.domains:
-        require(domain in available, "eval.domains", domain, f"domains: {', '.join(available)}", available)
-    for domain in config.eval.domains or available:
-        allowed = f"{domain} has {available[domain]} in its {config.eval.split} split"
-        require(config.eval.samples <= available[domain], "eval.samples", config.eval.samples, allowed)
 
 
 def put(tree: Tree, key: str, value: Any) -> None:

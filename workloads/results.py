@@ -11,7 +11,7 @@ import torch
 from workloads import adapters, environment, identity, record
 from workloads.adapters.base import Attached
 from workloads.config import RunConfig, to_tree
-from workloads.data import pool
+from workloads.data import pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool
 from workloads.evaluation.answer import Answered
@@ -23,7 +23,7 @@ from workloads.training.loop import Trained
 
 def domain_scores(config: RunConfig, answered: Answered) -> dict[str, DomainScore]:
     """Mean scores of each domain, beside the score of always giving the usual training answer."""
-    source = pool.source(config.data.source)
+    source = sources.find(config.data.source)
     scores: dict[str, DomainScore] = {}
     for domain, loss in answered.losses.items():
         rows = [row for row in answered.predictions if row["domain"] == domain]

@@ -12,7 +12,7 @@ import torch
 from workloads import adapters, environment, identity, record, results
 from workloads.adapters.base import Attached, Trace
 from workloads.config import RunConfig, to_tree
-from workloads.data import mixture, pool
+from workloads.data import mixture, pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
 from workloads.errors import UserError, require
@@ -34,7 +34,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     Raises `UserError` on mistakes of the user, before anything is written.
     """
     began = time.monotonic()
-    check_data(config)
+    sources.check(config)
     torch.set_num_threads(config.execution.threads)
     environment.reset_peak()
     engine.join()
@@ -43,7 +43,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     described = environment.describe()
     trace = Trace()
     llava, attached = _attached(config, trace, folder)
-    domains = sorted(config.eval.domains or pool.source(config.data.source).available(config.eval.split))
+    domains = sorted(config.eval.domains or sources.find(config.data.source).available(config.eval.split))
     pools = _pools(config, llava, list(mixture.counts(config.data)), "train")
     eval_pools = _pools(config, llava, domains, config.eval.split)
     rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
@@ -79,18 +79,6 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     results.write(config, folder, result, weights, attached, answered.predictions)
     report({"event": "finished", "step": trained.num_steps, "seconds": result.cost.seconds}, folder)
     return result
-
-
-def check_data(config: RunConfig) -> None:
-    """Raise `UserError` on unknown sources and domains and on budgets larger than the data."""
-    source = pool.source(config.data.source)
-    mixture.check(config.data, source.available("train"))
-    available: Mapping[str, int] = source.available(config.eval.split)
-    for domain in config.eval.domains:
-        require(domain in available, "eval.domains", domain, f"domains: {', '.join(available)}", available)
-    for domain in config.eval.domains or available:
-        allowed = f"{domain} has {available[domain]} in its {config.eval.split} split"
-        require(config.eval.samples <= available[domain], "eval.samples", config.eval.samples, allowed)
 
 
 def _finished(config: RunConfig, folder: Path) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from workloads.config import ModelConfig
-from workloads.data import pool
+from workloads.data import pool, sources
 from workloads.errors import UserError
 from workloads.llava.build import build
 
@@ -104,4 +104,4 @@ def test_formats_other_than_png_and_jpeg_are_refused():
 
 def test_an_unknown_source_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'pocket'"):
-        pool.source("poket")
+        sources.find("poket")

@@ -34,7 +34,7 @@ def _refused(words: list[str], *expected: str) -> None:
         ({"sed": [0]}, ("sed", "did you mean 'seeds'")),
         ({"set": {"optim.lrr": 1}}, ("optim.lrr", "did you mean 'lr'")),
         ({"arms": {"x": {"method": "mule"}}}, ("arms.x.method", "did you mean 'mole'")),
-        ({"set": {"data.mixture": {"generall": 1}}}, ("'generall'", "did you mean 'general'")),
+        ({"set": {"data.mixture": {"generall": 1}}}, ("data.mixture.generall", "did you mean 'general'")),
         ({"set": {"data.mixture": {"general": -1, "document": 2}}}, ("data.mixture.general", "-1")),
         ({"set": {"data.mixture": {"general": 0, "document": 0}}}, ("data.mixture", "above 0")),
         ({"set": {"data.samples": 10**8}}, ("data.samples", "100000000")),

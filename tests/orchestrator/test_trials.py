@@ -77,7 +77,7 @@ def test_workers_and_slots_do_not_change_what_a_run_is(trials):
         ({"adapter.rank": 0}, ("adapter.rank", "0")),
         ({"adapter.rnk": 2}, ("adapter.rnk", "did you mean 'rank'")),
         ({"data.mixture": "all_equl"}, ("data.mixture", "did you mean 'all_equal'")),
-        ({"data.mixture": {"generl": 1}}, ("data.mixture", "'generl'", "did you mean 'general'")),
+        ({"data.mixture": {"generl": 1}}, ("data.mixture", "data.mixture.generl", "did you mean 'general'")),
         ({"data.mixture": {"general": -1}}, ("data.mixture.general", "-1")),
         ({"data.mixture": {"general": 0}}, ("data.mixture", "above 0")),
         ({"data.samples": 10**9}, ("data.samples", str(10**9))),

@@ -1,14 +1,11 @@
 """Pools: a source's samples of one domain and split, vetted once; bad samples are counted, named, set aside."""
 
 import hashlib
-import importlib
 import io
 import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -16,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from workloads import record
+from workloads.data import sources
 from workloads.data.cache import cache_dir
 from workloads.data.mixture import Slot
-from workloads.errors import UserError, require
+from workloads.errors import UserError
 from workloads.identity import data_hash
 from workloads.llava.prompt import Prompter
 
@@ -81,14 +79,6 @@ class Pool:
         )
 
 
-def source(name: str) -> ModuleType:
-    """The module of a data source, found by its file's name."""
-    folder = Path(__file__).parent / "sources"
-    names = sorted(p.stem for p in folder.glob("*.py") if p.stem != "__init__")
-    require(name in names, "data.source", name, f"sources: {', '.join(names)}", names)
-    return importlib.import_module(f"workloads.data.sources.{name}")
-
-
 def decode(data: bytes) -> np.ndarray:
     """PNG or JPEG bytes to uint8 RGB (H, W, 3); raises `ValueError` on anything that is not a whole image."""
     try:
@@ -106,7 +96,7 @@ def load(
     source_name: str, domain: str, split: str, prompter: Prompter, max_length: int, blind: bool = False
 ) -> Pool:
     """A vetted pool; verdicts and digests are cached under a key of the data and the tokenizer."""
-    rows: datasets.Dataset = source(source_name).load(domain, split)
+    rows: datasets.Dataset = sources.find(source_name).load(domain, split)
     rows = rows.cast_column("image", datasets.Image(decode=False))
     settings = f"{data_hash(source_name)} {prompter.version} {max_length}".encode()
     key = f"{source_name}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
