@@ -3,6 +3,7 @@
 import pytest
 
 from workloads.config import from_tree
+from workloads.errors import UserError
 from workloads.identity import fingerprint, model_hash
 
 GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
@@ -55,3 +56,34 @@ def test_the_order_of_keys_leaves_the_fingerprint():
     one = from_tree({**GOOD, "data": {"mixture": {"general": 1.0, "document": 2.0}}})
     two = from_tree({**GOOD, "data": {"mixture": {"document": 2.0, "general": 1.0}}})
     assert fingerprint(one) == fingerprint(two)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"data": {"mixture": {"general": 1.0}, "max_rejected": 0.5}}, {}),
+        ({"data": {"mixture": {"general": 1.0, "document": 0.0}}}, {}),
+        ({"eval": {"domains": ["general", "document"]}}, {"eval": {"domains": ["document", "general"]}}),
+        ({"eval": {"domains": ["general", "general"]}}, {"eval": {"domains": ["general"]}}),
+        ({"eval": {"domains": ["document", "general", "biomedical"]}}, {}),
+    ],
+)
+def test_other_spellings_of_the_same_numbers_leave_the_fingerprint(one, two):
+    assert fingerprint(from_tree({**GOOD, **one})) == fingerprint(from_tree({**GOOD, **two}))
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({"eval": {"domains": ["general"]}}, {"eval": {"domains": ["document"]}}),
+        ({"eval": {"domains": ["general"]}}, {}),
+        ({"data": {"mixture": {"general": 1.0, "document": 0.001}}}, {}),
+    ],
+)
+def test_domains_that_are_trained_on_or_scored_are_in_the_fingerprint(one, two):
+    assert fingerprint(from_tree({**GOOD, **one})) != fingerprint(from_tree({**GOOD, **two}))
+
+
+def test_an_unknown_source_has_no_fingerprint_and_the_nearest_is_named():
+    with pytest.raises(UserError, match="did you mean 'pocket'"):
+        fingerprint(from_tree({**GOOD, "data": {"mixture": {"general": 1.0}, "source": "poket"}}))

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from workloads import record
+from workloads.errors import UserError
 from workloads.record import Cost, DomainScore, RunRecord
 
 COST = Cost(
@@ -29,11 +30,22 @@ def test_a_record_survives_the_disk_exactly(tmp_path):
     assert record.load(tmp_path) == example()
 
 
-def test_an_older_schema_is_refused(tmp_path):
+@pytest.mark.parametrize("other", [0, 2, "1", None])
+def test_an_older_or_newer_schema_is_told_in_one_line(other, tmp_path):
     record.save(example(), tmp_path)
     tree = json.loads((tmp_path / record.RECORD).read_text())
-    (tmp_path / record.RECORD).write_text(json.dumps({**tree, "schema_version": 0}))
-    with pytest.raises(ValueError, match="schema_version 0"):
+    (tmp_path / record.RECORD).write_text(json.dumps({**tree, "schema_version": other}))
+    with pytest.raises(UserError) as error:
+        record.load(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path / record.RECORD}: schema_version: {other!r} is not allowed")
+    assert message.endswith("reads 1")
+    assert "\n" not in message
+
+
+def test_a_record_that_is_no_object_is_told_in_one_line(tmp_path):
+    (tmp_path / record.RECORD).write_text("[]")
+    with pytest.raises(UserError, match=r"record\.json: schema_version: None is not allowed"):
         record.load(tmp_path)
 
 

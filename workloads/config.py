@@ -108,6 +108,10 @@ class AdapterConfig:
         """Whether numbers depend on workers and micro-batches, which then enter the fingerprint."""
         return False
 
+    def training_only(self) -> set[str]:
+        """Fields that steer training and leave what given weights compute as it is."""
+        return set()
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
 

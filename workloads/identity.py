@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads.config import SCHEMA_VERSION, RunConfig, to_tree
+from workloads.data import sources
 
 # Parts of the configuration that name or place a run without changing its numbers.
 _NOT_IDENTITY = ("name", "execution", "schema_version")
@@ -18,11 +19,21 @@ _ABOUT_A_MODEL = ("card.json", "README.md", "LICENSE", ".gitattributes")
 
 def fingerprint(config: RunConfig) -> str:
     """16 hex digits, equal for two configurations exactly when their numbers are the same by definition."""
-    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    tree = _reduced(config)
     if config.adapter.layout_matters():
         tree["layout"] = [config.execution.workers, config.execution.micro_batch]
     text = json.dumps({"schema": SCHEMA_VERSION, "config": tree, **identity(config)}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _reduced(config: RunConfig) -> dict[str, Any]:
+    """The configuration without what changes no number, and with one spelling of what can be spelled in several."""
+    tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    del tree["data"]["max_rejected"]  # decides whether a run goes on, not what it computes
+    tree["data"]["mixture"] = {domain: weight for domain, weight in config.data.mixture.items() if weight > 0}
+    available = sources.find(config.data.source).available(config.eval.split)
+    tree["eval"]["domains"] = sorted(set(config.eval.domains or available))
+    return tree
 
 
 def identity(config: RunConfig) -> dict[str, str]:
@@ -49,8 +60,8 @@ def model_hash(name_or_path: str) -> str:
 
 
 def data_hash(source: str) -> str:
-    """The source's own version and the hash of its raw files."""
-    module: Any = importlib.import_module(f"workloads.data.sources.{source}")
+    """The source's own version and the hash of its raw files; raises `UserError` when there is no such source."""
+    module = sources.find(source)
     return f"{module.VERSION}-{hash_files(module.files())}"
 
 

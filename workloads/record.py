@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from workloads.errors import require
+
 CONFIG = "config.json"
 RECORD = "record.json"
 EVENTS = "events.jsonl"
@@ -113,12 +115,12 @@ def save(record: RunRecord, folder: Path) -> None:
 
 
 def load(folder: Path) -> RunRecord:
-    """Read `record.json`; raises `ValueError` when its schema is not this version's."""
-    tree = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    if tree.get("schema_version") != RECORD_VERSION:
-        raise ValueError(
-            f"{folder / RECORD}: schema_version {tree.get('schema_version')}, not {RECORD_VERSION}"
-        )
+    """Read `record.json`; raises `UserError` when its schema is not this version's."""
+    path = folder / RECORD
+    tree = json.loads(path.read_text(encoding="utf-8"))
+    found = tree.get("schema_version") if isinstance(tree, dict) else None
+    allowed = f"not a record of this version, which reads {RECORD_VERSION}"
+    require(found == RECORD_VERSION, f"{path}: schema_version", found, allowed)
     tree["scores"] = {
         domain: DomainScore(**{**score, "by_type": {k: tuple(v) for k, v in score["by_type"].items()}})
         for domain, score in tree["scores"].items()

@@ -11,7 +11,7 @@ import torch
 
 from workloads import adapters, environment, identity, record, results
 from workloads.adapters.base import Attached, Trace
-from workloads.config import RunConfig, to_tree
+from workloads.config import RunConfig, from_tree, to_tree
 from workloads.data import mixture, pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
@@ -26,6 +26,7 @@ Metrics = dict[str, float | int | str]
 Report = Callable[[Metrics, Path | None], None]
 
 
+@engine.contained()
 def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     """Do one run, or go on with the one that `folder` holds; returns its record.
 
@@ -65,6 +66,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         optimizer_bytes = trained_engine.optimizer_bytes()
     finally:
         trained_engine.close()
+        trace.clear()  # a step cut short leaves its graph there, and the graph holds the model
     scores = results.domain_scores(config, answered)
     emit({**results.eval_metrics(scores, trained.num_steps), "optimizer_bytes": optimizer_bytes})
     result = RunRecord(
@@ -130,14 +132,26 @@ def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Att
         checkpoint.load_adapter(path, llava.model)
     elif config.init_from:
         start = folder.parent / config.init_from
-        allowed = f"the fingerprint of a finished run in {folder.parent}"
-        require(record.is_finished(start), "init_from", config.init_from, allowed)
-        base, other = identity.model_hash(config.model.name_or_path), record.load(start).identity["model"]
-        require(base == other, "init_from", config.init_from, f"a run on this base ({base}, not {other})")
-        checkpoint.load_weights(
-            llava.model, adapters.read(start / record.ADAPTER), f"init_from {config.init_from}"
-        )
+        _check_start(config, start)
+        weights = adapters.read(start / record.ADAPTER)
+        checkpoint.load_weights(llava.model, weights, f"init_from {config.init_from}")
     return llava, attached
+
+
+def _check_start(config: RunConfig, start: Path) -> None:
+    """Raise `UserError` unless the run in `start` is finished and its adapter computes the same in this run."""
+    allowed = f"the fingerprint of a finished run in {start.parent}"
+    require(record.is_finished(start), "init_from", config.init_from, allowed)
+    other, mine = record.load(start), identity.identity(config)
+    for part in ("model", "method"):
+        allowed = f"a run with this {part} ({mine[part]}, not {other.identity[part]})"
+        require(mine[part] == other.identity[part], "init_from", config.init_from, allowed)
+    theirs = from_tree(other.config).adapter
+    free = config.adapter.training_only() & theirs.training_only()
+    for key, value in asdict(config.adapter).items():
+        given = getattr(theirs, key)
+        allowed = f"the run that init_from names has {given!r}"
+        require(key in free or value == given, f"adapter.{key}", value, allowed)
 
 
 def check_context(config: RunConfig, llava: Llava) -> None:

@@ -1,6 +1,7 @@
 """What every adapter method keeps, whatever it does: run over all files of workloads/adapters."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +138,29 @@ def test_a_missing_weight_is_named(name, tiny_llava):
     del weights[lost]
     with pytest.raises(UserError, match="lacks " + lost.replace(".", r"\.")):
         load_weights(model, weights, "here")
+
+
+# Another value for every setting that a method may say steers training alone.
+OTHERWISE = {
+    "dropout": 0.5,
+    "balance_weight": 3.0,
+    "balance_form": "switch",
+    "balance_scope": "per_layer",
+    "router_grad": "straight_through",
+}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_settings_of_training_alone_change_no_output(name, tiny_llava, batch):
+    plain = importlib.import_module(f"workloads.adapters.{name}").Config()
+    changed = replace(plain, **{key: OTHERWISE[key] for key in plain.training_only()})
+    assert changed != plain
+    outputs = []
+    for config in (plain, changed, replace(plain, alpha=plain.alpha * 2)):
+        model, trace = tiny_llava(), Trace()
+        adapters.attach(model, config, trace)
+        trace.watch(model)
+        randomise(model)
+        outputs.append(model.eval()(**batch).logits)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])

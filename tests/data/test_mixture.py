@@ -99,3 +99,8 @@ def test_unknown_domains_and_too_large_budgets_are_told(broken, words):
 
 def test_repeating_needs_no_fresh_samples():
     mixture.check(config(500, "repeat", general=2.0), {"general": 500})
+
+
+def test_a_domain_of_weight_0_changes_no_sample():
+    with_zero = mixture.stream(config(30, document=0.0, general=1.0, biomedical=2.0), POOLS, 5)
+    assert with_zero == mixture.stream(config(30, general=1.0, biomedical=2.0), POOLS, 5)

@@ -1,6 +1,7 @@
 """Vetting: every bad sample is counted and named, and too many stop the run."""
 
 import io
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from workloads.config import ModelConfig
 from workloads.data import pool, sources
+from workloads.data.cache import ENVIRONMENT_KEY
 from workloads.errors import UserError
 from workloads.llava.build import build
 
@@ -105,3 +107,27 @@ def test_formats_other_than_png_and_jpeg_are_refused():
 def test_an_unknown_source_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'pocket'"):
         sources.find("poket")
+
+
+def test_an_unwritable_cache_is_told_in_one_line(prompter, tmp_path, monkeypatch):
+    small = SimpleNamespace(load=lambda domain, split: rows((png(), "boot")), VERSION="1", files=list)
+    monkeypatch.setattr(sources, "find", lambda name: small)
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path))
+    assert pool.load("small", "general", "val", prompter, 128).accepted == [0]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path / "file"))
+    with pytest.raises(UserError) as error:
+        pool.load("small", "general", "val", prompter, 128)
+    message = str(error.value)
+    assert message.startswith(f"{ENVIRONMENT_KEY}: cannot write in {tmp_path / 'file'}")
+    assert "Not a directory" in message
+    assert "\n" not in message
+
+
+def test_a_cache_that_is_whole_is_only_read(prompter, tmp_path, monkeypatch):
+    small = SimpleNamespace(load=lambda domain, split: rows((png(), "boot")), VERSION="1", files=list)
+    monkeypatch.setattr(sources, "find", lambda name: small)
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path))
+    first = pool.load("small", "general", "val", prompter, 128)
+    monkeypatch.setattr(pool.record, "write_json", None)
+    assert pool.load("small", "general", "val", prompter, 128).digests == first.digests

@@ -1,8 +1,15 @@
-"""Small real runs for tests: a configuration, and a run with its reports."""
+"""Small real runs for tests: a configuration, a run with its reports, and two workers in processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 from workloads.config import from_tree
 from workloads.run import run
 
+ROOT = Path(__file__).parent.parent.parent
 MIX = {"general": 1.0, "document": 1.0, "biomedical": 1.0}
 
 
@@ -26,3 +33,30 @@ def do(config, folder):
     reports = []
     record = run(config, lambda metrics, path: reports.append(metrics), folder)
     return record, reports
+
+
+def two_processes(code, folder):
+    """Run the Python `code` as both workers of one group, with `folder` as argument; a hang is ended after 240 s."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", code, str(folder)]
+    workers = [
+        subprocess.Popen(
+            command, cwd=ROOT, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        ends = [worker.communicate(timeout=240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], ends[0][1][-3000:] + ends[1][1][-3000:]

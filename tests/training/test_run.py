@@ -169,6 +169,44 @@ def test_init_from_starts_at_the_other_runs_adapter(finished, tmp_path):
         do(replace(config, init_from="0" * 16), tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("method", "fields", "words"),
+    [
+        ("mole", {"alpha": 8.0}, ["adapter.alpha: 8.0 is not allowed", "init_from", "has 4.0"]),
+        ("mole", {"router_grad": "scaled"}, ["adapter.router_grad: 'scaled' is not allowed", "has 'hard'"]),
+        ("mole", {"rank_per_expert": 4}, ["adapter.rank_per_expert: 4 is not allowed", "has 2"]),
+        ("lora", {}, ["init_from", "mole-", "lora-"]),
+    ],
+)
+def test_an_adapter_that_would_compute_something_else_is_refused(method, fields, words, finished, tmp_path):
+    folder, result, _ = finished
+    (tmp_path / result.fingerprint).symlink_to(folder)
+    config = replace(small(method, adapter_fields=fields), init_from=result.fingerprint)
+    with pytest.raises(UserError) as error:
+        do(config, tmp_path / "follow")
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "follow").exists()
+
+
+def test_settings_of_training_alone_may_differ_from_the_adapter_started_from(finished, tmp_path):
+    folder, result, _ = finished
+    (tmp_path / result.fingerprint).symlink_to(folder)
+    fields = {
+        "dropout": 0.1,
+        "balance_weight": 0.5,
+        "balance_form": "switch",
+        "router_grad": "straight_through",
+    }
+    config = replace(small("mole", adapter_fields=fields), init_from=result.fingerprint)
+
+    def stop(metrics, folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop, tmp_path / "follow")
+
+
 def test_a_diverged_run_is_told_in_one_line(tmp_path):
     config = small("lora", optim={"lr": 1e30, "clip": 0.0})
     with pytest.raises(UserError, match=r"optim\.lr: 1e\+30: training diverged at step"):

@@ -1,18 +1,13 @@
-"""Two workers take the same steps as one, at every ZeRO stage, and write one whole folder."""
+"""Two workers take the same steps as one, at every ZeRO stage, resume to the bit, and write one whole folder."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.training.runs import do, small
+from tests.training.runs import do, small, two_processes
 from workloads import adapters, record
+from workloads.run import run
 
-ROOT = Path(__file__).parent.parent.parent
 STAGES = (0, 1, 2, 3)
 # 17 samples a domain: the last step has 3 samples for two workers and a micro-batch of 2.
 # 7 items a domain: two workers answer 21 items.
@@ -37,31 +32,9 @@ for stage in STAGES:
 
 @pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
-    """The folder that two processes filled, one sub-folder a ZeRO stage; a hang is ended after 240 s."""
+    """The folder that two processes filled, one sub-folder a ZeRO stage."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", CHILD, str(folder)]
-    workers = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        ends = [worker.communicate(timeout=240) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], ends[0][1][-3000:] + ends[1][1][-3000:]
+    two_processes(CHILD, folder)
     return folder
 
 
@@ -120,3 +93,77 @@ def test_each_worker_holds_half_of_the_optimizer(stage, two_workers):
         return events[-1]["optimizer_bytes"]
 
     assert held(stage) == pytest.approx(held(0) / 2, rel=0.05)
+
+
+RESUMED_STAGES = (0, 2, 3)
+
+
+def resumable(stage):
+    """7 steps, the last on 3 samples; dropout makes every rank draw random numbers of its own."""
+    execution = {
+        "workers": 2,
+        "zero_stage": stage,
+        "micro_batch": 2,
+        "checkpoint_every": 2,
+        "report_every": 1,
+    }
+    return small(
+        "mole",
+        execution=execution,
+        data={"samples": 17},
+        eval={"samples": 3},
+        adapter_fields={"dropout": 0.2},
+    )
+
+
+def stop_at_step_5(metrics, folder):
+    if metrics["step"] == 5:
+        raise KeyboardInterrupt
+
+
+def break_off(folder):
+    """Run until every worker is stopped at the same step, one after the last checkpoint."""
+    for stage in RESUMED_STAGES:
+        try:
+            run(resumable(stage), stop_at_step_5, folder / f"broken-{stage}")
+        except KeyboardInterrupt:
+            continue
+        raise AssertionError("the run was not stopped")
+
+
+def go_on(folder):
+    """Resume what was broken off, and do the same runs in one go."""
+    for stage in RESUMED_STAGES:
+        for name in ("broken", "whole"):
+            do(resumable(stage), folder / f"{name}-{stage}")
+
+
+CALL = """
+import sys
+from pathlib import Path
+from tests.training import test_workers
+
+test_workers.{function}(Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Runs broken off in two processes and finished in two others, beside uninterrupted ones."""
+    folder = tmp_path_factory.mktemp("resumed")
+    for function in ("break_off", "go_on"):
+        two_processes(CALL.format(function=function), folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", RESUMED_STAGES)
+def test_two_workers_resume_to_the_bit(stage, resumed):
+    broken, whole = (resumed / f"{name}-{stage}" for name in ("broken", "whole"))
+    assert curve(broken) == curve(whole)
+    assert len(curve(whole)) == 7
+    one, two = record.load(broken), record.load(whole)
+    assert (one.num_resumes, two.num_resumes) == (1, 0)
+    for name in ("stream_hash", "train_loss", "scores", "routing", "sample_shares", "token_shares"):
+        assert getattr(one, name) == getattr(two, name), name
+    weights = adapters.read(whole / record.ADAPTER)
+    assert all(tensor.equal(weights[name]) for name, tensor in adapters.read(broken / record.ADAPTER).items())

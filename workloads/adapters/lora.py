@@ -30,6 +30,10 @@ class Config(AdapterConfig):
         """Dropout masks depend on how a global batch is cut."""
         return self.dropout > 0
 
+    def training_only(self) -> set[str]:
+        """Fields that steer training and leave what given weights compute as it is."""
+        return {"dropout"}
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of 1 or more")

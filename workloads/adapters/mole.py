@@ -56,6 +56,11 @@ class Config(AdapterConfig):
         """Dropout masks and the `switch` loss depend on how a global batch is cut."""
         return self.dropout > 0 or self.balance_form == "switch"
 
+    def training_only(self) -> set[str]:
+        """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
+        same_values = {"router_grad"} if self.router_grad in ("hard", "straight_through") else set()
+        return {"dropout", "balance_weight", "balance_form", "balance_scope"} | same_values
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         for key in ("num_experts", "rank_per_expert"):

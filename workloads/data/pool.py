@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -14,7 +15,7 @@ from PIL import Image
 
 from workloads import record
 from workloads.data import sources
-from workloads.data.cache import cache_dir
+from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
 from workloads.data.mixture import Slot
 from workloads.errors import UserError
 from workloads.identity import data_hash
@@ -95,14 +96,17 @@ def decode(data: bytes) -> np.ndarray:
 def load(
     source_name: str, domain: str, split: str, prompter: Prompter, max_length: int, blind: bool = False
 ) -> Pool:
-    """A vetted pool; verdicts and digests are cached under a key of the data and the tokenizer."""
+    """A vetted pool; verdicts and digests are cached under a key of the data and the tokenizer.
+
+    Raises `UserError` when the cache cannot be written.
+    """
     rows: datasets.Dataset = sources.find(source_name).load(domain, split)
     rows = rows.cast_column("image", datasets.Image(decode=False))
     settings = f"{data_hash(source_name)} {prompter.version} {max_length}".encode()
     key = f"{source_name}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
     path = cache_dir() / "vetted" / f"{key}.json"
     if not path.is_file():
-        record.write_json(path, [asdict(verdict) for verdict in vet(rows, prompter, max_length)])
+        _keep(path, vet(rows, prompter, max_length))
     verdicts = [Verdict(**tree) for tree in json.loads(path.read_text(encoding="utf-8"))]
     return Pool(
         domain=domain,
@@ -112,6 +116,14 @@ def load(
         digests=[verdict.digest for verdict in verdicts],
         blind=blind,
     )
+
+
+def _keep(path: Path, verdicts: list[Verdict]) -> None:
+    try:
+        record.write_json(path, [asdict(verdict) for verdict in verdicts])
+    except OSError as error:
+        reason = f"cannot write in {path.parent}: {error.strerror}; name a folder that can be written"
+        raise UserError(f"{ENVIRONMENT_KEY}: {reason}") from None
 
 
 def vet(rows: datasets.Dataset, prompter: Prompter, max_length: int) -> list[Verdict]:

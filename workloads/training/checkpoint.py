@@ -17,7 +17,7 @@ from workloads import adapters, record
 from workloads.errors import UserError
 from workloads.training import engine
 
-_RNG = "rng"
+_RNG, _CUDA_RNG = "rng", "rng.cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def save(folder: Path, model: nn.Module, trained: engine.Engine, position: Posit
     part.mkdir(parents=True, exist_ok=True)
     weights = trained_weights(model)
     rank = engine.rank()
-    save_file({**trained.optimizer_state(), _RNG: torch.get_rng_state()}, part / f"worker-{rank}.safetensors")
+    save_file({**trained.optimizer_state(), **rng_state()}, part / f"worker-{rank}.safetensors")
     record.write_json(part / f"worker-{rank}.json", position.tallies)
     if rank == 0:
         save_file(weights, part / "adapter.safetensors")
@@ -76,6 +76,19 @@ def save(folder: Path, model: nn.Module, trained: engine.Engine, position: Posit
         for path in old:
             shutil.rmtree(path)
     engine.barrier()
+
+
+def rng_state() -> dict[str, Tensor]:
+    """The states of this worker's generators: the CPU's and, where there is one, its GPU's."""
+    gpu = {_CUDA_RNG: torch.cuda.get_rng_state(engine.device())} if torch.cuda.is_available() else {}
+    return {_RNG: torch.get_rng_state(), **gpu}
+
+
+def restore_rng(tensors: dict[str, Tensor]) -> None:
+    """Put back what `rng_state` returned."""
+    torch.set_rng_state(tensors[_RNG])
+    if _CUDA_RNG in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[_CUDA_RNG], engine.device())
 
 
 def latest(folder: Path) -> Path | None:
@@ -98,7 +111,7 @@ def load_position(path: Path, trained: engine.Engine, layout: str) -> Position:
         )
     rank = engine.rank()
     tensors = load_file(path / f"worker-{rank}.safetensors")
-    torch.set_rng_state(tensors.pop(_RNG))
+    restore_rng(tensors)
     trained.load_optimizer_state(tensors)
     tallies = json.loads((path / f"worker-{rank}.json").read_text(encoding="utf-8"))
     return Position(step=state["step"], tallies=tallies, num_resumes=state["num_resumes"] + 1)

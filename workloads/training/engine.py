@@ -19,6 +19,8 @@ from workloads.config import ExecutionConfig, OptimConfig
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import logger as deepspeed_logger
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -56,6 +58,25 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Context that takes back what ZeRO-3 leaves in the process, however the run in it ends.
+
+    DeepSpeed replaces torch's `linear` for good by one that rounds differently, and never lets go of an
+    engine's model: it stays on a stack and in the cache of a method.
+    """
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    finally:
+        torch.nn.functional.linear = linear
+        FWD_MODULE_STACK.clear()
+        for method in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(method, "__closure__", None) or ():
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 @contextmanager
