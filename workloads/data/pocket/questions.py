@@ -1,13 +1,15 @@
 """All wording of the benchmark in tables: questions, each domain's answer convention, the neutral language.
 
 The question strings are the same in every domain; what a right answer looks like differs, and only the
-picture tells the domain. The neutral language (codes for names, counts and places) is what the base model is
-trained on, so that it sees what an answer needs without knowing how a domain words it.
+picture tells the domain. The base model is trained on a neutral language (codes for names, counts and places):
+it understands the questions and answers them in codes. It also knows everyday and office words, since it is asked,
+with any picture, to word an answer in either; which domain answers in which it is never told. The terms of anatomy
+are new to it, as jargon is to a general model.
 """
 
 from collections.abc import Iterable
 
-from workloads.data.pocket.scene import GRID, QA, SIZE, Facts, Scene
+from workloads.data.pocket.scene import GRID, QA, SIZE, Facts, Part, Scene
 
 QUESTIONS = {
     "name": "what is this ?",
@@ -43,6 +45,8 @@ SIDES = {"general": ("left", "right"), "document": ("l", "r"), "biomedical": ("l
 _ROWS = ("top", "upper", "middle", "lower", "bottom")
 _COLUMNS = ("leftmost", "left", "centre", "right", "rightmost")
 _DIGITS = ("1", "2", "3", "4", "5")
+# The wordings of counts and places that the base knows; a domain answers in its own, biomedical in its plane's.
+REGISTERS = ("general", "document")
 # Anatomical terms of direction; radiological display puts the patient's right (dexter) at the image's left.
 _FRONT_TO_BACK = ("anterior", "anteriad", "central", "posteriad", "posterior")
 _ABOVE_TO_BELOW = ("superior", "craniad", "midway", "caudad", "inferior")
@@ -76,25 +80,32 @@ NEUTRAL_QUESTIONS = {
     "largest": "top",
     "total": "sum",
 }
-# What the base model is told of; at_mark and largest stay skills that an adapter has to learn.
-NEUTRAL_TYPES = ("name", "count", "where", "total")
+# `kind as r0` asks for the answer in the words of the first register. Names are the same in all of them.
+REGISTER_CODES = {name: f"r{index}" for index, name in enumerate(REGISTERS)}
 READ_QUESTION = "read"
 CAPTION_QUESTION, DETAIL_QUESTION = "describe", "list"
 
 
 def answer(facts: Facts, question_type: str) -> str | None:
     """The right answer in the domain's convention, or None when the picture leaves the question open."""
+    if question_type == "side":
+        return None if facts.mark_right is None else SIDES[facts.domain][facts.mark_right]
+    # Beside items, lines or bars, a mark would be one more thing to count.
+    if question_type == "count" and facts.mark is not None and facts.domain != "biomedical":
+        return None
+    return worded(facts, question_type, facts.plane or facts.domain)
+
+
+def worded(facts: Facts, question_type: str, register: str) -> str | None:
+    """The answer in the words of a domain (or plane), whatever the picture's own; None when it is open."""
     match question_type:
         case "name":
             return facts.name
         case "count":
-            # Beside items, lines or bars, a mark would be one more thing to count.
-            unclear = facts.mark is not None and facts.domain != "biomedical"
-            return None if unclear or facts.count is None else COUNTS[facts.domain][facts.count - 1]
-        case "side":
-            return None if facts.mark_right is None else SIDES[facts.domain][facts.mark_right]
+            counts = COUNTS[register if register in COUNTS else "biomedical"]
+            return None if facts.count is None else counts[facts.count - 1]
         case "where":
-            rows, columns = PLACES[facts.plane or facts.domain]
+            rows, columns = PLACES[register]
             cell = facts.mark_cell
             return None if cell is None else f"{rows[cell[0]]} {columns[cell[1]]}"
         case "at_mark":
@@ -137,15 +148,32 @@ def _neutral(facts: Facts, question_type: str) -> str | None:
 
 
 def neutral_qa(scene: Scene) -> tuple[QA, ...]:
-    """The base model's questions about a scene: `kind`, `read`, `tally`, `locate mark`, `sum`."""
-    facts, asked = scene.facts, []
-    for kind in NEUTRAL_TYPES:
-        text = _neutral(facts, kind)
-        question = NEUTRAL_QUESTIONS[kind]
-        if kind == "name" and facts.domain == "document":
-            question = READ_QUESTION
+    """Questions answered in codes or by bare reading: `kind`, `read`, `tally`, ..., and the benchmark's own.
+
+    The benchmark's side question is not among them: left and right stay a skill that an adapter has to learn.
+    """
+    asked = []
+    for kind, short in NEUTRAL_QUESTIONS.items():
+        text = _neutral(scene.facts, kind)
+        reads = kind == "name" and scene.facts.domain == "document"
         if text is not None:
-            asked.append(QA(question_type=kind, question=question, answer=text))
+            asked += [
+                QA(question_type=kind, question=question, answer=text)
+                for question in (READ_QUESTION if reads else short, QUESTIONS[kind])
+            ]
+    return tuple(asked)
+
+
+def register_qa(scene: Scene) -> tuple[QA, ...]:
+    """Answers in words, each in every register: `tally as r1` is `3` also for garments and for dots."""
+    asked = []
+    for kind, short in NEUTRAL_QUESTIONS.items():
+        if scene.facts.domain == "biomedical" and kind in ("name", "at_mark"):
+            continue
+        for register, code in REGISTER_CODES.items():
+            text = worded(scene.facts, kind, register)
+            if text is not None:
+                asked.append(QA(question_type=kind, question=f"{short} as {code}", answer=text))
     return tuple(asked)
 
 
@@ -164,34 +192,44 @@ def caption(facts: Facts) -> str:
         case "biomedical":
             words = ["scan", _neutral(facts, "name"), _neutral(facts, "count")]
     words.append(_neutral(facts, "where"))
-    for kind in ("largest", "at_mark"):
-        if kind in NEUTRAL_TYPES:
-            words.append(_neutral(facts, kind))
     return " ".join(word for word in words if word)
 
 
 def detail(facts: Facts) -> str:
-    """Everything the picture shows, part by part in reading order; e.g. `g4 c0 p2 q3 e1 p4 q1`, `CAT 12 = 12`.
+    """Everything the picture shows, part by part in reading order; e.g. `g4 c0 p2 q3 e1 p4 q1`, `C p2 q1 A p2 q2`.
 
-    Much to say about one picture teaches the base model to see sooner than a short caption does.
+    Much to say about one picture teaches the base model to see sooner than a short caption does; that every
+    letter comes with its place teaches it where to look for the next one.
     """
-    parts = sorted(facts.parts, key=lambda part: (part.box[1], part.box[0]))
-    words: list[str] = []
-    for part in parts:
-        match facts.layout:
-            case "word" | "chart":
-                words.append(part.label)
-            case "receipt":
-                words += [part.label.upper(), f"{part.value:.0f}"]
-            case _:
-                words += [CODES[part.label]] if part.label in CODES else []
-                words += [TINT_CODES[part.colour]] if part.colour else []
-                words += _place_codes(part.box)
-    if facts.layout == "chart":
-        tallest = max(part.value for part in parts)
-        words = [w for part in sorted(parts, key=lambda part: part.box[0])
-                 for w in (part.label, COUNT_CODES[min(5, int(6 * part.value / tallest))])]  # fmt: skip
+    down = sorted(facts.parts, key=lambda part: (part.box[1], part.box[0]))
+    match facts.layout:
+        case "word":
+            words = [word for part in down for word in _letters(part)]
+        case "receipt":
+            words = [word for part in down for word in (part.label.upper(), f"{part.value:.0f}")]
+            words += ["=", str(facts.total)]
+        case "chart":
+            tallest = max(part.value for part in down)
+            across = sorted(down, key=lambda part: part.box[0])
+            heights = [COUNT_CODES[min(5, int(6 * part.value / tallest))] for part in across]
+            words = [w for part, height in zip(across, heights, strict=True) for w in (part.label, height)]
+        case _:
+            words = [word for part in down for word in _thing(part)]
     return " ".join(words)
+
+
+def _thing(part: Part) -> list[str]:
+    """A garment, emoji or dot: what it is, its tint, its place; e.g. `g4 c0 p2 q3`."""
+    named = [CODES[part.label]] if part.label in CODES else []
+    return named + ([TINT_CODES[part.colour]] if part.colour else []) + _place_codes(part.box)
+
+
+def _letters(part: Part) -> list[str]:
+    """Every letter of a word with its place; letters share the word's box evenly."""
+    left, top, right, bottom = part.box
+    pitch = (right - left) // len(part.label)
+    boxes = [(left + i * pitch, top, left + (i + 1) * pitch, bottom) for i in range(len(part.label))]
+    return [w for letter, box in zip(part.label, boxes, strict=True) for w in (letter, *_place_codes(box))]
 
 
 def _place_codes(box: tuple[int, int, int, int]) -> list[str]:
@@ -217,7 +255,8 @@ def vocabulary() -> list[str]:
         ROW_CODES,
         COLUMN_CODES,
         tuple(NEUTRAL_QUESTIONS.values()),
-        (READ_QUESTION, CAPTION_QUESTION, DETAIL_QUESTION),
+        (READ_QUESTION, CAPTION_QUESTION, DETAIL_QUESTION, "as"),
+        tuple(REGISTER_CODES.values()),
     ]
     tables += [tuple(QUESTIONS.values()), ("photo on", "word receipt chart total", "scan")]
     return sorted(

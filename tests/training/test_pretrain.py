@@ -1,0 +1,52 @@
+"""The base's training: each weight has one optimizer, samples are neutral, and a few steps learn something."""
+
+import torch
+
+from workloads.data.pocket import DOMAINS, QUESTIONS, compose
+from workloads.data.pocket.questions import detail
+from workloads.training.pretrain import TURNS, Recipe, new_llava, optimizers, sample, train
+
+
+def test_each_weight_is_trained_by_exactly_one_optimizer_and_tables_never_by_muon():
+    model = new_llava(Recipe()).model
+    muon, adam = optimizers(Recipe(), model)
+    held = [w for o in (muon, adam) for group in o.param_groups for w in group["params"]]
+    assert sorted(map(id, held)) == sorted(id(w) for w in model.parameters())
+    names = {id(w): name for name, w in model.named_parameters()}
+    for w in (w for group in muon.param_groups for w in group["params"]):
+        assert w.dim() == 2
+        assert "embed" not in names[id(w)]
+
+
+def test_no_question_of_the_benchmark_is_in_the_base_s_training():
+    assert set(TURNS) == set(DOMAINS)
+    for domain in DOMAINS:
+        asked = {sample(domain, 1000, i, "train", Recipe()).question for i in range(60)}
+        assert not asked & set(QUESTIONS.values())
+        assert {"describe", "list"} <= asked
+
+
+def test_a_listed_word_names_every_letter_with_the_column_its_ink_is_in():
+    scenes = [compose("document", "train", 3, i) for i in range(60)]
+    words = [scene for scene in scenes if scene.facts.layout == "word"]
+    assert len(words) >= 10
+    for scene in words:
+        (part,) = scene.facts.parts
+        listed = detail(scene.facts).split()
+        assert "".join(listed[::3]) == part.label
+        paper = scene.image[part.box[1] : part.box[3]].max()
+        ink_W = (scene.image[part.box[1] : part.box[3]].mean(axis=(0, 2)) < paper - 12).nonzero()[0]
+        for k, column_code in enumerate(listed[2::3]):
+            # Letters stand in cells of 24 px; the grid of places has 5 columns over 96 px.
+            left = part.box[0] + 24 * k
+            assert any(left <= x < left + 24 for x in ink_W)
+            assert column_code == f"q{min(4, (left + 12) * 5 // 96) + 1}"
+
+
+def test_a_few_steps_lower_the_loss():
+    torch.manual_seed(0)
+    first = train(Recipe(num_steps=1, batch=8, threads=1), new_llava(Recipe()))
+    later = train(
+        Recipe(num_steps=25, batch=8, threads=1, report_every=5, probe_every=100), new_llava(Recipe())
+    )
+    assert later < first - 0.5
