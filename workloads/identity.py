@@ -19,6 +19,8 @@ _ABOUT_A_MODEL = ("card.json", "README.md", "LICENSE", ".gitattributes")
 def fingerprint(config: RunConfig) -> str:
     """16 hex digits, equal for two configurations exactly when their numbers are the same by definition."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    if not config.model.vce:
+        tree["model"] = {key: value for key, value in tree["model"].items() if not key.startswith("vce")}
     if config.adapter.layout_matters():
         tree["layout"] = [config.execution.workers, config.execution.micro_batch]
     text = json.dumps({"schema": SCHEMA_VERSION, "config": tree, **identity(config)}, sort_keys=True)
