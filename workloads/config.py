@@ -29,6 +29,11 @@ class ModelConfig:
     name_or_path: str = "pocket"
     # LLaVA trains the projector in full beside the adapter.
     train_projector: bool = True
+    # Visual Cue Enhancement between tower and projector; the first level is the one that the projector reads.
+    vce: bool = False
+    vce_levels: list[int] = field(default_factory=lambda: [-1, -2, -3, -4])
+    vce_heads: int = 16
+    vce_points: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +140,10 @@ class RunConfig:
 
 
 def methods() -> list[str]:
-    """Names of all adapter methods: the files of workloads/adapters (found without importing them)."""
+    """Names of all adapter methods: files of workloads/adapters with `Config` and `attach`; none is imported."""
     folder = Path(__file__).parent / "adapters"
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base"))
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("[!_]*.py")}
+    return sorted(n for n, text in texts.items() if "\nclass Config(" in text and "\ndef attach(" in text)
 
 
 def from_tree(tree: Mapping[str, Any]) -> RunConfig:

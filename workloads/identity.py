@@ -29,6 +29,8 @@ def fingerprint(config: RunConfig) -> str:
 def _reduced(config: RunConfig) -> dict[str, Any]:
     """The configuration without what changes no number, and with one spelling of what can be spelled in several."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    if not config.model.vce:
+        tree["model"] = {key: value for key, value in tree["model"].items() if not key.startswith("vce")}
     del tree["data"]["max_rejected"]  # decides whether a run goes on, not what it computes
     tree["data"]["mixture"] = {domain: weight for domain, weight in config.data.mixture.items() if weight > 0}
     available = sources.find(config.data.source).available(config.eval.split)

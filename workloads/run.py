@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
 from workloads.errors import UserError, require
 from workloads.evaluation.answer import answer
+from workloads.llava import vce
 from workloads.llava.build import Llava, build, projector_weights, train_projector
 from workloads.record import RunRecord
 from workloads.training import checkpoint, engine
@@ -124,8 +125,12 @@ def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Att
     torch.manual_seed(config.seed)
     attached = adapters.attach(llava.model, config.adapter, trace)
     trace.watch(llava.model)
-    if config.model.train_projector:
+    model = config.model
+    if model.train_projector:
         train_projector(llava.model)
+    if model.vce:
+        settings = vce.attach(llava.model, model.vce_levels, model.vce_heads, model.vce_points)
+        attached = replace(attached, exported={**attached.exported, "vce": settings})
     if config.execution.gradient_checkpointing:
         llava.model.gradient_checkpointing_enable({"use_reentrant": False})
     if path := checkpoint.latest(folder / record.CHECKPOINT):
