@@ -33,11 +33,6 @@ def attach(model: nn.Module, config: AdapterConfig, trace: Trace) -> Attached:
     return _method(config.name).attach(model, config, trace)
 
 
-def without_files(config: AdapterConfig) -> AdapterConfig:
-    """The same method with nothing to read from other folders: what it read is saved with it."""
-    return getattr(config, "without_files", lambda: config)()
-
-
 def config_from_tree(tree: Mapping[str, Any]) -> AdapterConfig:
     """The checked configuration of one adapter from plain values with a `name`; raises `UserError`."""
     # The mixture stands for the parts of a run that an adapter has nothing to do with.
@@ -121,7 +116,7 @@ def load(model: nn.Module, folder: Path) -> tuple[Attached, Trace]:
         leaves = sorted({path.rsplit(".", 1)[-1] for path in plain.linears})
         config = config_from_tree({"name": "lora", "rank": rank, "alpha": scale * rank, "targets": leaves})
     trace = Trace()
-    attached = attach(model, without_files(config), trace)
+    attached = attach(model, config.without_files(), trace)
     trace.watch(model)
     if any(name.startswith(_PROJECTOR) for name in weights):
         model.get_submodule(_PROJECTOR).requires_grad_(True)

@@ -75,6 +75,13 @@ class Config(AdapterConfig):
         freezing = {"freeze_branches", "min_tunable", "freeze_A_after_task"}
         return {"dropout", "align_weight"} | freezing | same_values
 
+    def identity(self) -> dict[str, str]:
+        """The content of the sentence encoder, where one is used."""
+        used = self.task_routers
+        return {
+            "encoder": sentence.content_hash(sentence.find(self.encoder, "adapter.encoder")) if used else ""
+        }
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         n = self.num_branches
@@ -230,6 +237,8 @@ class Memory(nn.Module):
         if self.task is not None and self.config.freeze_branches:
             gates = [linear.gates_BN for linear in self.linears]
             units_LN = torch.stack([(g * _UNIT).round().long().sum(dim=0) for g in gates if g is not None])
+            # Noted all the same: every worker has to take part in the sum after the step.
+            units_LN = units_LN if trace.counted else torch.zeros_like(units_LN)
             self.pending_LN = units_LN if self.pending_LN is None else self.pending_LN + units_LN
         if self.selector is None:
             return {}
@@ -271,6 +280,9 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         losses=memory.losses,
         state=frozenset([*own, *(f"branch_memory.{name}" for name in memory.state_dict())]),
         after_step=memory.after_step,
+        on_task_start=memory.on_task_start,
+        on_task_end=memory.on_task_end,
+        selected=None if sample.selector is None else sample.selector.selected,
         as_lora="the branches are mixed anew for every sample",
         exported=exported,
     )

@@ -16,7 +16,7 @@ Shape letters: B LoRAs, N numbers of a LoRA padded, M positions after the last c
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,10 @@ class Config(AdapterConfig):
     def files(self) -> list[Path]:
         """The files that the method starts from; their contents decide numbers, their places do not."""
         return [Path(self.generator) / name for name in (SETTINGS, WEIGHTS)]
+
+    def without_files(self) -> "Config":
+        """The settings without the generator's place; nothing is generated from them."""
+        return replace(self, generator="")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def empty(shape: LlavaConfig) -> LlavaForConditionalGeneration:
 
 def measured(shape: LlavaConfig, config: AdapterConfig) -> Attached:
     """The method on a model of these sizes: its capabilities and counts; folders that it starts from are not read."""
-    return adapters.attach(empty(shape), adapters.without_files(config), Trace())
+    return adapters.attach(empty(shape), config.without_files(), Trace())
 
 
 def on_pocket(name: str, settings: Mapping[str, Any]) -> Attached:

@@ -123,6 +123,8 @@ class BlockFront(nn.Module):
         self.router_grad: routing.RouterGrad = config.router_grad
         self.trace, self.layer = trace, layer
         self.decision = Decision()
+        # New modules are in training mode; the model may not be.
+        self.train(norm.training)
         # Of the last forward pass with a gradient; recomputation replaces them after they were read.
         self.scores_BE: Tensor | None = None
 

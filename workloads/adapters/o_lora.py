@@ -161,6 +161,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         num_active=num_weights,
         losses=lambda trace: _losses(list(placed.values()), config),
         state=frozenset(names),
+        on_task_start=lambda task: on_task_start(model, config, task),
         as_lora=as_lora,
     )
 

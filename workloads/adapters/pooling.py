@@ -22,11 +22,10 @@ def prompt_mask(trace: Trace) -> Tensor:
     """Valid tokens (B, T) before the answer; all valid tokens where nothing is known of an answer."""
     mask_BT = trace.token_mask_BT
     assert mask_BT is not None
-    lengths: tuple[int, ...] = getattr(trace, "prompt_lengths", ())
-    if not lengths:
+    if not trace.prompt_lengths:
         return mask_BT
-    assert len(lengths) == len(mask_BT), "one prompt length a sample"
-    lengths_B1 = torch.tensor(lengths, device=mask_BT.device).unsqueeze(1)
+    assert len(trace.prompt_lengths) == len(mask_BT), "one prompt length a sample"
+    lengths_B1 = torch.tensor(trace.prompt_lengths, device=mask_BT.device).unsqueeze(1)
     return mask_BT & (mask_BT.cumsum(dim=1) <= lengths_B1)
 
 

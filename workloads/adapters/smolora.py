@@ -74,6 +74,13 @@ class Config(AdapterConfig):
         same_values = {"router_grad"} if self.router_grad in ("frozen_hash", "straight_through") else set()
         return {"dropout"} | same_values
 
+    def identity(self) -> dict[str, str]:
+        """The content of the sentence encoder, where one is used."""
+        used = self.num_instruction > 0
+        return {
+            "encoder": sentence.content_hash(sentence.find(self.encoder, "adapter.encoder")) if used else ""
+        }
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         for key in ("num_visual", "num_instruction"):
@@ -239,8 +246,9 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         projector = model.get_submodule(path)
         for name, base in list(projector.named_children()):
             if isinstance(base, nn.Linear):
-                placed[f"{path}.{name}"] = SMoLoRALinear(base, config, sample, None, leads=False)
-                setattr(projector, name, placed[f"{path}.{name}"])
+                adapted = SMoLoRALinear(base, config, sample, None, leads=False).train(base.training)
+                placed[f"{path}.{name}"] = adapted
+                setattr(projector, name, adapted)
     frozen = config.router_grad == "frozen_hash"
     names = [
         f"{path}.{name}" for path, linear in placed.items() for name, _ in linear.named_buffers(recurse=False)

