@@ -73,9 +73,10 @@ def rate_of(record: RunRecord, folder: Path) -> Rate:
 
 
 def key_of(config: RunConfig) -> str:
-    """What a rate belongs to: base model, method with its settings, dtype."""
-    settings = json.dumps(dataclasses.asdict(config.adapter), sort_keys=True)
-    return f"{config.model.name_or_path} {config.optim.dtype} {settings}"
+    """What a rate belongs to: base model with VCE or without, method with its settings, dtype."""
+    model, settings = config.model, json.dumps(dataclasses.asdict(config.adapter), sort_keys=True)
+    vce = f" vce {model.vce_levels} {model.vce_heads} {model.vce_points}" if model.vce else ""
+    return f"{model.name_or_path}{vce} {config.optim.dtype} {settings}"
 
 
 def rates(store: Store, trials: Iterable[Trial]) -> dict[str, Rate]:

@@ -1,10 +1,14 @@
 """Fingerprints: what changes a number changes them, where a run happens does not."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from tests.llava.sentences import write_encoder
 from workloads.config import from_tree
 from workloads.errors import UserError
-from workloads.identity import fingerprint, model_hash
+from workloads.identity import fingerprint, identity, model_hash
 
 GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
 
@@ -87,3 +91,67 @@ def test_domains_that_are_trained_on_or_scored_are_in_the_fingerprint(one, two):
 def test_an_unknown_source_has_no_fingerprint_and_the_nearest_is_named():
     with pytest.raises(UserError, match="did you mean 'pocket'"):
         fingerprint(from_tree({**GOOD, "data": {"mixture": {"general": 1.0}, "source": "poket"}}))
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return Path(write_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+def lora_folder(folder, text="weights"):
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_text(text)
+    return str(folder)
+
+
+def test_what_a_method_starts_from_counts_by_its_content_and_not_by_its_place(tmp_path):
+    def of(folder):
+        return fingerprint(
+            from_tree({**GOOD, "adapter": {"name": "moa", "tasks": ["a"], "folders": {"a": folder}}})
+        )
+
+    one, same = (lora_folder(tmp_path / name) for name in ("one", "same"))
+    assert of(one) == of(same)
+    assert of(one) != of(lora_folder(tmp_path / "other", text="changed"))
+    with pytest.raises(UserError, match="missing/adapter_config.json: no such file"):
+        of(str(tmp_path / "missing"))
+
+
+def test_a_generators_content_is_in_the_fingerprint_and_its_place_is_not(tmp_path):
+    def of(name, text):
+        (tmp_path / name).mkdir()
+        for file in ("generator.json", "generator.safetensors"):
+            (tmp_path / name / file).write_text(text)
+        adapter = {"name": "icm_lora", "generator": str(tmp_path / name), "task": "a"}
+        return fingerprint(from_tree({**GOOD, "adapter": adapter}))
+
+    assert of("one", "x") == of("two", "x") != of("three", "y")
+
+
+@pytest.mark.parametrize(
+    ("used", "unused"),
+    [
+        ({"name": "smolora"}, {"num_instruction": 0, "rank_total": 64}),
+        ({"name": "branch_lora", "task_routers": True, "tasks": ["a"]}, {"task_routers": False}),
+    ],
+)
+def test_a_sentence_encoder_counts_by_its_content_where_it_is_used(used, unused, encoder, tmp_path):
+    def of(folder, extra=None):
+        return fingerprint(from_tree({**GOOD, "adapter": {**used, "encoder": str(folder), **(extra or {})}}))
+
+    same, other = tmp_path / "same", tmp_path / "other"
+    for folder in (same, other):
+        shutil.copytree(encoder, folder)
+    (other / "vocab.txt").write_text("changed")
+    assert of(encoder) == of(same) != of(other)
+    assert of(encoder, unused) == of(other, unused) == of("/nowhere", unused)
+
+
+def test_visual_cues_count_with_their_settings_only_when_they_are_on():
+    def of(**model):
+        return fingerprint(from_tree({**GOOD, "model": model}))
+
+    assert of() == of(vce_heads=2) != of(vce=True) != of(vce=True, vce_heads=2)
+    assert "vce" not in identity(from_tree(GOOD))
+    assert identity(from_tree({**GOOD, "model": {"vce": True}}))["vce"].startswith("1 ")

@@ -72,6 +72,7 @@ def training_step(config: AdapterConfig, batch_size: int) -> Callable[[], None]:
     batch: Batch = train_batch([samples.sample(i) for i in range(batch_size)], llava)
 
     def step() -> None:
+        batch.begin(trace)
         losses_N, _ = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
         total = losses_N.mean()
         for term in attached.losses(trace).values():
@@ -79,6 +80,7 @@ def training_step(config: AdapterConfig, batch_size: int) -> Callable[[], None]:
         total.backward()
         trace.clear()
         adam.step()
+        attached.after_step(lambda part: part)
         adam.zero_grad()
 
     return step

@@ -29,6 +29,11 @@ class ModelConfig:
     name_or_path: str = "pocket"
     # LLaVA trains the projector in full beside the adapter.
     train_projector: bool = True
+    # Visual Cue Enhancement between tower and projector; the first level is the one that the projector reads.
+    vce: bool = False
+    vce_levels: list[int] = field(default_factory=lambda: [-1, -2, -3, -4])
+    vce_heads: int = 16
+    vce_points: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +117,18 @@ class AdapterConfig:
         """Fields that steer training and leave what given weights compute as it is."""
         return set()
 
+    def files(self) -> list[Path]:
+        """The files that the method starts from; their contents decide numbers, their places do not."""
+        return []
+
+    def without_files(self) -> "AdapterConfig":
+        """The same method with nothing to read: what it would read is restored afterwards, or not wanted."""
+        return self
+
+    def identity(self) -> dict[str, str]:
+        """Field -> hash of what its path leads to, beyond `files`; enters the fingerprint in place of the path."""
+        return {}
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
 
@@ -135,9 +152,10 @@ class RunConfig:
 
 
 def methods() -> list[str]:
-    """Names of all adapter methods: the files of workloads/adapters (found without importing them)."""
+    """Names of all adapter methods: files of workloads/adapters with `Config` and `attach`; none is imported."""
     folder = Path(__file__).parent / "adapters"
-    return sorted(p.stem for p in folder.glob("*.py") if p.stem not in ("__init__", "base"))
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("[!_]*.py")}
+    return sorted(n for n, text in texts.items() if "\nclass Config(" in text and "\ndef attach(" in text)
 
 
 def from_tree(tree: Mapping[str, Any]) -> RunConfig:
@@ -150,12 +168,8 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
         parts[name] = _section(kind, rest.pop(name, {}), name)
     for key, kind in (("schema_version", int), ("seed", int), ("name", str), ("init_from", str)):
         if key in rest:
-            require(
-                isinstance(rest[key], kind) and not isinstance(rest[key], bool),
-                key,
-                rest[key],
-                f"a {kind.__name__}",
-            )
+            fits = isinstance(rest[key], kind) and not isinstance(rest[key], bool)
+            require(fits, key, rest[key], f"a {kind.__name__}")
     config = RunConfig(adapter=adapter, **parts, **rest)
     check(config)
     return config
@@ -198,9 +212,8 @@ def apply_overrides(tree: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
     for word in words:
         require("=" in word, "override", word, "write key=value")
     try:
-        return plain(
-            OmegaConf.merge(OmegaConf.create(dict(tree)), OmegaConf.from_dotlist(words)), "overrides"
-        )
+        merged = OmegaConf.merge(OmegaConf.create(dict(tree)), OmegaConf.from_dotlist(words))
+        return plain(merged, "overrides")
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"override: {' '.join(str(error).split())}") from None
 
@@ -248,22 +261,16 @@ def _finite(value: Any, key: str) -> None:
 def check(config: RunConfig) -> None:
     """Range checks that types cannot express; raises `UserError`."""
     data, optim, ev, ex = config.data, config.optim, config.eval, config.execution
-    require(
-        config.schema_version == SCHEMA_VERSION,
-        "schema_version",
-        config.schema_version,
-        f"this version reads {SCHEMA_VERSION}",
-    )
+    version = config.schema_version
+    require(version == SCHEMA_VERSION, "schema_version", version, f"this version reads {SCHEMA_VERSION}")
     require(bool(data.mixture), "data.mixture", data.mixture, "name at least one domain with its weight")
     for domain, weight in data.mixture.items():
         require(weight >= 0, f"data.mixture.{domain}", weight, "a weight is 0 or more")
     require(sum(data.mixture.values()) > 0, "data.mixture", data.mixture, "at least one weight above 0")
     for key, value in (
-        ("data.samples", data.samples),
-        ("data.max_length", data.max_length),
+        *((f"data.{key}", getattr(data, key)) for key in ("samples", "max_length")),
+        *((f"eval.{key}", getattr(ev, key)) for key in ("samples", "max_new_tokens")),
         ("optim.global_batch", optim.global_batch),
-        ("eval.samples", ev.samples),
-        ("eval.max_new_tokens", ev.max_new_tokens),
         ("execution.workers", ex.workers),
         ("execution.micro_batch", ex.micro_batch),
         ("execution.report_every", ex.report_every),
@@ -279,9 +286,8 @@ def check(config: RunConfig) -> None:
         ("clip", optim.clip),
     ):
         require(value >= 0, f"optim.{key}", value, "0 or more")
-    require(
-        0 <= optim.warmup_ratio < 1, "optim.warmup_ratio", optim.warmup_ratio, "a share from 0 to below 1"
-    )
+    ratio = optim.warmup_ratio
+    require(0 <= ratio < 1, "optim.warmup_ratio", ratio, "a share from 0 to below 1")
     for key, value in (("beta1", optim.beta1), ("beta2", optim.beta2)):
         require(0 <= value < 1, f"optim.{key}", value, "from 0 to below 1")
     require(0 <= config.seed < 2**63, "seed", config.seed, "from 0 to below 2**63")
@@ -289,10 +295,6 @@ def check(config: RunConfig) -> None:
     require(fresh, "init_from", config.init_from, "a fingerprint of 16 hex digits, or nothing")
     require(ex.zero_stage in (0, 1, 2, 3), "execution.zero_stage", ex.zero_stage, "0, 1, 2 or 3")
     require(ex.checkpoint_every >= 0, "execution.checkpoint_every", ex.checkpoint_every, "0 or more")
-    require(
-        optim.global_batch % ex.workers == 0,
-        "optim.global_batch",
-        optim.global_batch,
-        f"a multiple of execution.workers ({ex.workers})",
-    )
+    allowed = f"a multiple of execution.workers ({ex.workers})"
+    require(optim.global_batch % ex.workers == 0, "optim.global_batch", optim.global_batch, allowed)
     config.adapter.check()

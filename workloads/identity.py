@@ -4,12 +4,14 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workloads.config import SCHEMA_VERSION, RunConfig, to_tree
+from workloads.config import SCHEMA_VERSION, ModelConfig, RunConfig, to_tree
 from workloads.data import sources
+from workloads.errors import UserError
 
 # Parts of the configuration that name or place a run without changing its numbers.
 _NOT_IDENTITY = ("name", "execution", "schema_version")
@@ -29,6 +31,10 @@ def fingerprint(config: RunConfig) -> str:
 def _reduced(config: RunConfig) -> dict[str, Any]:
     """The configuration without what changes no number, and with one spelling of what can be spelled in several."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
+    if not config.model.vce:
+        tree["model"] = {key: value for key, value in tree["model"].items() if not key.startswith("vce")}
+    tree["adapter"] = {**asdict(config.adapter.without_files()), **config.adapter.identity()}
+    tree["adapter_files"] = _hash_adapter_files(config.adapter.files())
     del tree["data"]["max_rejected"]  # decides whether a run goes on, not what it computes
     tree["data"]["mixture"] = {domain: weight for domain, weight in config.data.mixture.items() if weight > 0}
     available = sources.find(config.data.source).available(config.eval.split)
@@ -36,8 +42,15 @@ def _reduced(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
+def _hash_adapter_files(paths: list[Path]) -> str:
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"adapter: {path}: no such file")
+    return hash_files(paths)
+
+
 def identity(config: RunConfig) -> dict[str, str]:
-    """Versions and content hashes behind the names in `config`: model, data, method, scorer, image processor."""
+    """Versions and content hashes behind the names in `config`: model, data, method, scorer, image processor, VCE."""
     from workloads.evaluation.scorers import SCORER_VERSION
     from workloads.llava.folder import IMAGE_PROCESSOR
 
@@ -48,7 +61,15 @@ def identity(config: RunConfig) -> dict[str, str]:
         "method": f"{config.adapter.name}-{method.VERSION}",
         "scorer": SCORER_VERSION,
         "image_processor": IMAGE_PROCESSOR,
+        **({"vce": _vce(config.model)} if config.model.vce else {}),
     }
+
+
+def _vce(model: ModelConfig) -> str:
+    """Version and settings of VCE."""
+    from workloads.llava.vce import VERSION
+
+    return f"{VERSION} levels {model.vce_levels} heads {model.vce_heads} points {model.vce_points}"
 
 
 def model_hash(name_or_path: str) -> str:
@@ -69,9 +90,14 @@ def hash_files(paths: Iterable[Path]) -> str:
     """16 hex digits over names and contents, in the order given."""
     total = hashlib.sha256()
     for path in paths:
-        state = path.stat()
-        total.update(path.name.encode() + b"\0" + _digest(path, state.st_size, state.st_mtime_ns))
+        total.update(path.name.encode() + b"\0" + bytes.fromhex(sha256(path)))
     return total.hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of one file in hex digits; an unchanged file is read once."""
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns).hex()
 
 
 @cache

@@ -81,7 +81,7 @@ def trained(outcome: Trained, pools: Mapping[str, Pool], stream: Sequence[Slot])
 def cost(
     outcome: Trained,
     attached: Attached,
-    weights: Mapping[str, torch.Tensor],
+    num_trained: int,
     eval_seconds: float,
     seconds: float,
 ) -> Cost:
@@ -93,7 +93,7 @@ def cost(
         samples_per_second=outcome.samples_per_second,
         tokens_per_second=outcome.tokens_per_second,
         peak_bytes=environment.peak_bytes(),
-        trainable=sum(w.numel() for w in weights.values()),
+        trainable=num_trained,
         adapter_weights=attached.num_weights,
         adapter_active=attached.num_active,
     )

@@ -19,6 +19,12 @@ BalanceScope = Literal["joint", "per_layer"]
 ROUTER_GRADS: tuple[str, ...] = get_args(RouterGrad)
 
 
+def linear_scores(x: Tensor, weight_EI: Tensor) -> Tensor:
+    """Scores (..., E) of a router without bias on `x` (..., I), in at least fp32 whatever the model's dtype."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.linear(x.to(dtype), weight_EI.to(dtype))
+
+
 def top1(scores_BTE: Tensor) -> tuple[Tensor, Tensor]:
     """Router probabilities (B, T, E) in at least fp32 and the preferred expert (B, T) of every token."""
     probs_BTE = scores_BTE.to(torch.promote_types(scores_BTE.dtype, torch.float32)).softmax(dim=-1)

@@ -3,20 +3,21 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from workloads import adapters, environment, identity, record, results
-from workloads.adapters.base import Attached, Trace
+from workloads.adapters.base import Attached, Trace, count
 from workloads.config import RunConfig, from_tree, to_tree
 from workloads.data import mixture, pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
 from workloads.errors import UserError, require
 from workloads.evaluation.answer import answer
+from workloads.llava import vce
 from workloads.llava.build import Llava, build, projector_weights, train_projector
 from workloads.record import RunRecord
 from workloads.training import checkpoint, engine
@@ -44,6 +45,9 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     described = environment.describe()
     trace = Trace()
     llava, attached = _attached(config, trace, folder)
+    num_trained = count(llava.model.parameters())
+    allowed = "nothing of it trains; set model.train_projector or choose another method"
+    require(num_trained > 0, "adapter.name", config.adapter.name, allowed)
     domains = sorted(config.eval.domains or sources.find(config.data.source).available(config.eval.split))
     pools = _pools(config, llava, list(mixture.counts(config.data)), "train")
     eval_pools = _pools(config, llava, domains, config.eval.split)
@@ -59,7 +63,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     try:
         loop = Loop(config, llava, attached, trace, trained_engine, pools, stream)
         trained = loop.run(folder / record.CHECKPOINT, emit)
-        weights = checkpoint.trained_weights(llava.model)
+        weights = checkpoint.weights_of(llava.model, attached)
         mark = time.monotonic()
         answered = answer(config, llava, trace, eval_pools, items)
         eval_seconds = time.monotonic() - mark
@@ -76,7 +80,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         eval_hash=pool.content_hash(eval_pools, [Slot(domain=d, index=i) for d in items for i in items[d]]),
         scores=scores,
         routing=answered.routing,
-        cost=results.cost(trained, attached, weights, eval_seconds, time.monotonic() - began),
+        cost=results.cost(trained, attached, num_trained, eval_seconds, time.monotonic() - began),
     )
     results.write(config, folder, result, weights, attached, answered.predictions)
     report({"event": "finished", "step": trained.num_steps, "seconds": result.cost.seconds}, folder)
@@ -124,17 +128,21 @@ def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Att
     torch.manual_seed(config.seed)
     attached = adapters.attach(llava.model, config.adapter, trace)
     trace.watch(llava.model)
-    if config.model.train_projector:
+    model = config.model
+    if model.train_projector:
         train_projector(llava.model)
+    if model.vce:
+        settings = vce.attach(llava.model, model.vce_levels, model.vce_heads, model.vce_points)
+        attached = replace(attached, exported={**attached.exported, "vce": settings})
     if config.execution.gradient_checkpointing:
         llava.model.gradient_checkpointing_enable({"use_reentrant": False})
     if path := checkpoint.latest(folder / record.CHECKPOINT):
-        checkpoint.load_adapter(path, llava.model)
+        checkpoint.load_adapter(path, llava.model, attached)
     elif config.init_from:
         start = folder.parent / config.init_from
         _check_start(config, start)
         weights = adapters.read(start / record.ADAPTER)
-        checkpoint.load_weights(llava.model, weights, f"init_from {config.init_from}")
+        checkpoint.load_weights(llava.model, attached, weights, f"init_from {config.init_from}")
     return llava, attached
 
 
@@ -143,9 +151,10 @@ def _check_start(config: RunConfig, start: Path) -> None:
     allowed = f"the fingerprint of a finished run in {start.parent}"
     require(record.is_finished(start), "init_from", config.init_from, allowed)
     other, mine = record.load(start), identity.identity(config)
-    for part in ("model", "method"):
-        allowed = f"a run with this {part} ({mine[part]}, not {other.identity[part]})"
-        require(mine[part] == other.identity[part], "init_from", config.init_from, allowed)
+    for part in ("model", "method", "vce"):
+        own, found = mine.get(part, "none"), other.identity.get(part, "none")
+        allowed = f"a run with this {part} ({own}, not {found})"
+        require(own == found, "init_from", config.init_from, allowed)
     theirs = from_tree(other.config).adapter
     free = config.adapter.training_only() & theirs.training_only()
     for key, value in asdict(config.adapter).items():

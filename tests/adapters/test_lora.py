@@ -10,7 +10,6 @@ from workloads import adapters
 from workloads.adapters import lora
 from workloads.adapters.base import LoRALinear, Trace
 from workloads.errors import UserError
-from workloads.training.checkpoint import trained_weights
 
 
 def randomise(model, seed=3):
@@ -58,7 +57,7 @@ def test_saved_lora_loads_in_peft_with_equal_logits(tiny_llava, batch, tmp_path)
     attached = lora.attach(model, config, Trace())
     model.model.multi_modal_projector.requires_grad_(True)
     randomise(model)
-    adapters.save(tmp_path, trained_weights(model), config, attached, "pocket")
+    adapters.save(tmp_path, adapters.weights_of(model, attached), config, attached, "pocket")
     with torch.no_grad():
         ours = model(**batch).logits
         theirs = PeftModel.from_pretrained(tiny_llava(), tmp_path).double().eval()(**batch).logits
@@ -87,7 +86,7 @@ def test_adapter_config_states_method_and_schema(tiny_llava, tmp_path):
     model = tiny_llava()
     config = lora.Config(rank=2)
     attached = lora.attach(model, config, Trace())
-    adapters.save(tmp_path, trained_weights(model), config, attached, "pocket")
+    adapters.save(tmp_path, adapters.weights_of(model, attached), config, attached, "pocket")
     tree = json.loads((tmp_path / adapters.CONFIG).read_text())
     assert tree["schema_version"] == 1
     assert tree["method"]["name"] == "lora"

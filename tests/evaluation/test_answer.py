@@ -106,3 +106,18 @@ def test_answering_changes_no_weight(setting):
     before = copy.deepcopy(llava.model.state_dict())
     answered(setting, 4)
     assert all(torch.equal(before[name], weight) for name, weight in llava.model.state_dict().items())
+
+
+def test_the_method_is_told_of_every_row_before_answering_and_before_teaching(setting, monkeypatch):
+    llava, trace, pools = setting
+    told = []
+    monkeypatch.setattr(trace, "begin", lambda *given, **named: told.append((*given, named)))
+    config = small("mole", execution={"eval_batch": 4}, eval={"max_new_tokens": 1})
+    answer(config, llava, trace, pools, {domain: list(range(count)) for domain, count in COUNTS.items()})
+    items = [pools[domain].sample(i) for domain in sorted(COUNTS) for i in range(COUNTS[domain])]
+    batches = [items[i : i + 4] for i in range(0, len(items), 4) for _ in ("answered", "taught")]
+    for batch, (questions, tasks, lengths, named) in zip(batches, told, strict=True):
+        assert questions == [item.question for item in batch]
+        assert tasks == [item.domain for item in batch]
+        assert lengths == tuple(references.prompt(llava.processor, item)[0].shape[1] for item in batch)
+        assert named == {"counted": True}

@@ -9,6 +9,7 @@ from orchestrator import plan
 from orchestrator.plan import Rate
 from orchestrator.store import Store
 from orchestrator.study import load
+from workloads.config import from_tree
 
 RATE = Rate(
     train_seconds=0.01,
@@ -70,3 +71,11 @@ def test_calibration_measures_with_a_real_run_and_is_kept(write_study, tmp_path)
     assert rate.trainable > 0
     assert 60 < rate.tokens_per_sample < 128
     assert not (tmp_path / "studies" / "runs").exists()
+
+
+def test_a_rate_with_visual_cues_is_another_one():
+    def key(**model):
+        tree = {"model": model, "adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
+        return plan.key_of(from_tree(tree))
+
+    assert key() == key(vce_heads=2) != key(vce=True) != key(vce=True, vce_heads=2)

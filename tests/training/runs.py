@@ -15,7 +15,8 @@ MIX = {"general": 1.0, "document": 1.0, "biomedical": 1.0}
 
 def small(adapter="lora", **sections):
     """A run of 12 steps on 96 samples, scored on 8 validation items a domain."""
-    rank = {"rank": 2} if adapter == "lora" else {"rank_per_expert": 2}
+    ranks = {"lora": {"rank": 2}, "smora": {"rank_total": 4, "top_k": 2}}
+    rank = ranks.get(adapter, {"rank_per_expert": 2})
     tree = {
         "adapter": {"name": adapter, "alpha": 4.0, **rank, **sections.pop("adapter_fields", {})},
         "data": {"mixture": MIX, "samples": 32},

@@ -3,6 +3,8 @@
 The reference is a float64 loop over samples and tokens (tests/references.py), whatever the micro-batches are.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -121,3 +123,54 @@ def test_shares_are_counted_over_samples_and_supervised_tokens(tmp_path):
     }
     assert outcome.sample_shares == pytest.approx({d: n / len(SLOTS) for d, n in COUNTS.items()})
     assert outcome.token_shares == pytest.approx({d: n / sum(tokens.values()) for d, n in tokens.items()})
+
+
+class Listener:
+    """Stands for a method: notes what it is told of every batch, and takes its statistics where that counts."""
+
+    def __init__(self, attached, trace):
+        self.told, self.sums = [], []
+        self.attached = replace(attached, losses=self.losses, after_step=self.after_step)
+        self.trace = trace
+
+    def losses(self, trace):
+        assert trace is self.trace
+        self.told.append(
+            (trace.questions, trace.tasks, trace.prompt_lengths, trace.counted, trace.token_mask_BT.shape)
+        )
+        return {}
+
+    def after_step(self, reduce):
+        part = torch.tensor([3, 4])
+        assert reduce(part).tolist() == [3, 4]
+        self.sums.append(len(self.told))
+
+
+def test_the_method_is_told_of_every_row_and_called_after_every_step(tmp_path, monkeypatch):
+    """The second of two workers has nothing but a sample that does not count in the last step."""
+    llava, trace, attached = set_up("lora")
+    listener = Listener(attached, trace)
+    config = small("lora", optim={"global_batch": 4}, execution={"micro_batch": 2})
+    pools = references.pools(COUNTS)
+    slots = [*SLOTS[:4], SLOTS[4]]
+    trained = engine.Engine(llava.model, config.optim, config.execution, projector_weights(llava.model))
+    try:
+        loop = Loop(config, llava, listener.attached, trace, trained, pools, slots)
+        whole = [[pools[s.domain].sample(s.index) for s in slots[i : i + 2]] for i in (0, 2, 4)]
+        loop.run(tmp_path, lambda metrics: None)
+        assert listener.sums == [2, 3]
+        for samples, (questions, tasks, lengths, counted, shape) in zip(whole, listener.told, strict=True):
+            assert questions == tuple(s.question for s in samples)
+            assert tasks == tuple(s.domain for s in samples)
+            assert lengths == tuple(references.prompt(llava.processor, s)[0].shape[1] for s in samples)
+            assert counted
+            assert len(samples) == shape[0]
+        monkeypatch.setattr(engine, "world_size", lambda: 2)
+        monkeypatch.setattr(engine, "rank", lambda: 1)
+        (batch,) = loop._batches(1)
+    finally:
+        trained.close()
+    batch.begin(trace)
+    assert (trace.counted, trace.tasks, trace.questions) == (False, tasks, questions)
+    assert trace.prompt_lengths == lengths
+    assert len(batch.samples) == 0

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.adapters.minimal import make_config
 from tests.training.runs import do, small
 from workloads import adapters, record
 from workloads.errors import UserError
 from workloads.evaluation.scorers import exact, normalise
+from workloads.llava.build import build
 from workloads.run import run
 
 NUMBERS = (
@@ -257,6 +259,39 @@ def test_an_interrupted_run_resumes_to_the_bit_at_every_stage(stage, dtype, tmp_
     resumed, _ = do(config_of(), tmp_path / "broken")
     assert resumed.num_resumes == 1
     assert numbers(resumed) == numbers(whole)
+
+
+def test_state_that_is_not_trained_is_saved_and_resumed_to_the_bit(tmp_path):
+    """smora's biases move after every step, by the tokens that each rank of the LoRA got."""
+    config = small("smora", adapter_fields={"bias_step": 0.05}, execution={"checkpoint_every": 4})
+
+    def stop(metrics, folder):
+        if metrics["step"] >= 6:
+            raise KeyboardInterrupt
+
+    whole, reports = do(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop, tmp_path / "broken")
+    resumed, rest = do(config, tmp_path / "broken")
+    assert resumed.num_resumes == 1
+    assert numbers(resumed) == numbers(whole)
+    assert losses(rest)[-1] == losses(reports)[-1]
+    first, second = (adapters.read(tmp_path / name / record.ADAPTER) for name in ("whole", "broken"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    steps = [tensor for name, tensor in first.items() if name.endswith("bias_steps")]
+    assert steps
+    assert any(bool(tensor.any()) for tensor in steps), "the biases moved"
+    assert whole.cost.trainable == sum(t.numel() for n, t in first.items() if not n.endswith("bias_steps"))
+
+
+def test_a_run_that_trains_nothing_is_refused_in_one_line(tmp_path):
+    config = small("lora")
+    model = replace(config.model, train_projector=False)
+    adapter = make_config("icm_lora", tmp_path / "files", lambda: build(model, "fp32").model)
+    with pytest.raises(UserError, match=r"adapter\.name: 'icm_lora' is not allowed; nothing of it trains"):
+        do(replace(config, adapter=adapter, model=model), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_blind_runs_see_no_image(tmp_path):

@@ -7,7 +7,7 @@ Shape letters: B batch, T tokens, E experts, R rank, I inputs, O outputs.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,12 +39,31 @@ class Trace:
     """
 
     token_mask_BT: Tensor | None = None
+    # One entry a sample, set by `begin`: what is asked, and the domain or task it comes from. Only methods that
+    # declare `needs_task_id_*` may read `tasks`.
+    questions: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    # Valid tokens of each sample before its answer; empty where nothing is known of an answer.
+    prompt_lengths: tuple[int, ...] = ()
+    # False for a batch that only keeps a worker in step with the others: no statistics may be taken of it.
+    counted: bool = True
     phase: Literal["full", "prefill", "decode"] = "full"
     past_length: int = 0
     routes: list[Route] = field(default_factory=list)
 
     def clear(self) -> None:
         self.routes.clear()
+
+    def begin(
+        self,
+        questions: Sequence[str],
+        tasks: Sequence[str],
+        prompt_lengths: Sequence[int] = (),
+        counted: bool = True,
+    ) -> None:
+        """Tell the method of the batch that the next forward passes are about; one entry a row."""
+        self.questions, self.tasks = tuple(questions), tuple(tasks)
+        self.prompt_lengths, self.counted = tuple(prompt_lengths), counted
 
     def watch(self, model: nn.Module) -> None:
         """Keep mask, phase and past length in step with every forward call of `model`."""
@@ -85,6 +104,18 @@ class Attached:
     num_active: int
     # Weighted loss terms of the last forward pass by name, each a mean over its samples.
     losses: Callable[[Trace], Mapping[str, Tensor]] = lambda trace: {}
+    # Names (in the model) of parameters and buffers that are saved and restored though they are not trained.
+    state: frozenset[str] = frozenset()
+    # Where tasks are learned in order: called with a task's name before its optimizer is made, and after its training.
+    on_task_start: Callable[[str], None] = lambda task: None
+    on_task_end: Callable[[str], None] = lambda task: None
+    # The task that the method itself found for each sample of the last prompt; None where it looks for none.
+    selected: Callable[[], list[str]] | None = None
+    # Called once after every optimizer step, by every worker, with a function that sums a tensor over all workers.
+    after_step: Callable[[Callable[[Tensor], Tensor]], None] = lambda reduce: None
+    # The method as one plain LoRA per linear for a task (None where no task matters): path of the linear to
+    # (A (R, I), B (O, R), scale). A text says why there is none; merging and PEFT export stand on it.
+    as_lora: Callable[[str | None], Mapping[str, tuple[Tensor, Tensor, float]]] | str = "no plain form"
     # Fields of adapter_config.json beyond the method's own configuration.
     exported: Mapping[str, Any] = field(default_factory=dict)
 
@@ -150,7 +181,8 @@ def put_lora(
     for path in paths:
         parent_path, leaf = f"model.language_model.{path}".rsplit(".", 1)
         parent = model.get_submodule(parent_path)
-        setattr(parent, leaf, LoRALinear(getattr(parent, leaf), rank, alpha, dropout))
+        linear = getattr(parent, leaf)
+        setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
     return paths
 
 

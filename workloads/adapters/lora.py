@@ -4,9 +4,10 @@ Source:  Hu et al. 2021, LoRA, arXiv:2106.09685; placement as LLaVA-1.5 (all lin
 Files:   `adapter_model.safetensors` and `adapter_config.json` are PEFT's own format.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze, put_lora
 from workloads.config import AdapterConfig
@@ -48,10 +49,19 @@ class Config(AdapterConfig):
 def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     """Freeze `model` and put a LoRA on its target linears; routes nothing."""
     freeze(model)
-    put_lora(model, tuple(config.targets), config.rank, config.alpha, config.dropout)
+    found = put_lora(model, tuple(config.targets), config.rank, config.alpha, config.dropout)
+    paths = [f"model.language_model.{path}" for path in found]
     num_weights = count(model.parameters())
+
+    def as_lora(task: str | None) -> Mapping[str, tuple[Tensor, Tensor, float]]:
+        """The LoRA itself, whatever the task."""
+        own = {name: weight.detach() for name, weight in model.named_parameters()}
+        scale = config.alpha / config.rank
+        return {path: (own[f"{path}.lora_A.weight"], own[f"{path}.lora_B.weight"], scale) for path in paths}
+
     return Attached(
-        capabilities=Capabilities(),
+        capabilities=Capabilities(mergeable=True),
+        as_lora=as_lora,
         num_weights=num_weights,
         num_active=num_weights,
         exported={

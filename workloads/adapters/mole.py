@@ -119,6 +119,8 @@ class MoLEBlock(nn.Module):
         self.router = Router(
             base.gate_proj.in_features, config.num_experts, dtype=weight.dtype, device=weight.device
         )
+        # New modules are in training mode; the model may not be.
+        self.train(mlp.training)
         self.router_grad: routing.RouterGrad = config.router_grad
         self.trace = trace
         self.layer = layer
@@ -149,6 +151,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         num_weights=num_weights,
         num_active=num_attention + num_routers + num_experts_weights * visited // config.num_experts,
         losses=lambda trace: _losses(trace, config),
+        as_lora="mole chooses its experts anew for every token",
     )
 
 

@@ -4,12 +4,13 @@ Shape letters: B batch, T tokens, C channels, H height, W width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from workloads.adapters.base import Trace
 from workloads.data.pool import Sample
 from workloads.llava.build import Llava
 
@@ -20,7 +21,11 @@ IGNORE = -100
 class Batch:
     """Samples as model inputs; `labels_BT` is IGNORE wherever no loss is taken."""
 
+    # The rows that count: all, or none.
     samples: Sequence[Sample]
+    # Of every row, whether it counts or not: its sample, and its valid tokens before the answer.
+    rows: Sequence[Sample]
+    prompt_lengths: tuple[int, ...]
     ids_BT: Tensor
     mask_BT: Tensor
     labels_BT: Tensor
@@ -32,13 +37,22 @@ class Batch:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The batch on `device`, pixels in `dtype`."""
-        return Batch(
-            samples=self.samples,
+        return replace(
+            self,
             ids_BT=self.ids_BT.to(device),
             mask_BT=self.mask_BT.to(device),
             labels_BT=self.labels_BT.to(device),
             pixels_BCHW=self.pixels_BCHW.to(device, dtype),
         )
+
+    def begin(self, trace: Trace) -> None:
+        """Tell the method of this batch; comes before its forward pass."""
+        questions, tasks = [s.question for s in self.rows], [s.domain for s in self.rows]
+        trace.begin(questions, tasks, self.prompt_lengths, counted=bool(self.samples))
+
+    def silent(self) -> "Batch":
+        """The same rows, which take part in every collective and add nothing."""
+        return replace(self, samples=(), labels_BT=torch.full_like(self.labels_BT, IGNORE))
 
 
 def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
@@ -52,6 +66,8 @@ def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
         labels_BT[row, span] = ids_BT[row, span]
     return Batch(
         samples=samples,
+        rows=samples,
+        prompt_lengths=tuple(len(e.ids) - e.num_supervised for e in encoded),
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         labels_BT=labels_BT,
@@ -66,6 +82,8 @@ def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     labels_BT = torch.full_like(ids_BT, IGNORE)
     return Batch(
         samples=samples,
+        rows=samples,
+        prompt_lengths=tuple(map(len, prefixes)),
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         labels_BT=labels_BT,

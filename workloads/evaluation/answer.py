@@ -50,16 +50,19 @@ def answer(
     for start in range(0, share, config.execution.eval_batch):
         chosen = places[start : start + config.execution.eval_batch]
         batch = [samples[min(place, len(samples) - 1)] for place in chosen]
-        rows += _generate(config, llava, batch)
+        rows += _generate(config, llava, trace, batch)
         trace.clear()
         _teach(config, llava, trace, batch, [place < len(samples) for place in chosen], sums, experts)
         trace.clear()
     return _joined(rows, sums, experts, share, world, len(samples), domains)
 
 
-def _generate(config: RunConfig, llava: Llava, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _generate(
+    config: RunConfig, llava: Llava, trace: Trace, samples: Sequence[Sample]
+) -> list[dict[str, Any]]:
     """One prediction row for each sample."""
     batch = prompt_batch(samples, llava).to(engine.device(), DTYPES[config.optim.dtype])
+    batch.begin(trace)
     tokenizer = llava.prompter.tokenizer
     model: Any = llava.model
     ids_BT = model.generate(
@@ -98,6 +101,7 @@ def _teach(
 ) -> None:
     """Add the gold answers' loss and all valid tokens' routing to the running sums, for samples that count."""
     batch = train_batch(samples, llava).to(engine.device(), DTYPES[config.optim.dtype])
+    batch.begin(trace)
     losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
     counted_N = torch.tensor(counted, device=rows_N.device)[rows_N]
     totals, tokens = loss.by_domain(losses_N[counted_N], rows_N[counted_N], batch, list(sums))

@@ -55,8 +55,9 @@ def train_projector(model: LlavaForConditionalGeneration) -> None:
 
 
 def projector_weights(model: LlavaForConditionalGeneration) -> set[nn.Parameter]:
-    """The projector's weights, which may learn at a rate of their own."""
-    return set(model.model.multi_modal_projector.parameters())
+    """The weights of the projector and of VCE, which may learn at a rate of their own."""
+    parts = (model.get_submodule("model.multi_modal_projector"), getattr(model.model, "visual_cues", None))
+    return {weight for part in parts if part is not None for weight in part.parameters()}
 
 
 def _strict(folder: str, report: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@
 
 import json
 import shutil
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from workloads import adapters, record
+from workloads.adapters.base import Attached
 from workloads.errors import UserError
 from workloads.training import engine
 
@@ -30,30 +32,36 @@ class Position:
     num_resumes: int
 
 
-def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all weights that require a gradient, by name; whole also under ZeRO-3 (a collective call)."""
-    named = [(name, w) for name, w in model.named_parameters() if w.requires_grad]
-    with engine.gathered(w for _, w in named):
-        weights = {name: w.detach().cpu().clone() for name, w in named}
+def weights_of(model: nn.Module, attached: Attached) -> dict[str, Tensor]:
+    """Copies of all that is trained and of the method's state, by name; whole also under ZeRO-3 (a collective call)."""
+    with _gathered(model, attached):
+        own = adapters.weights_of(model, attached)
+        weights = {name: tensor.cpu().clone() for name, tensor in own.items()}
     for name, tensor in weights.items():
         assert tensor.numel() > 0, f"{name} is empty"
     return weights
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Put `weights` into the trained weights of `model`; names must match exactly."""
-    named = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    adapters.check_names(set(weights), set(named), where)
-    with engine.gathered(named.values()), torch.no_grad():
-        for name, w in named.items():
-            if tuple(w.shape) != tuple(weights[name].shape):
-                raise UserError(
-                    f"{where}: {name} has shape {tuple(weights[name].shape)}, not {tuple(w.shape)}"
-                )
-            w.copy_(weights[name])
+def load_weights(model: nn.Module, attached: Attached, weights: dict[str, Tensor], where: str) -> None:
+    """Inverse of `weights_of`; raises `UserError` unless names and shapes are those of the model."""
+    with _gathered(model, attached):
+        adapters.put(model, weights, adapters.saved_names(model, attached), where)
 
 
-def save(folder: Path, model: nn.Module, trained: engine.Engine, position: Position, layout: str) -> None:
+def _gathered(model: nn.Module, attached: Attached) -> AbstractContextManager[None]:
+    """Context in which what is saved is whole; ZeRO-3 partitions parameters, trained or not, and no buffers."""
+    names = adapters.saved_names(model, attached)
+    return engine.gathered(w for name, w in model.named_parameters() if name in names)
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    attached: Attached,
+    trained: engine.Engine,
+    position: Position,
+    layout: str,
+) -> None:
     """Write a checkpoint under `folder` and remove the one before; every rank calls it.
 
     `layout` names worker count and ZeRO stage, which a resumed run must share.
@@ -61,7 +69,7 @@ def save(folder: Path, model: nn.Module, trained: engine.Engine, position: Posit
     final = folder / f"step-{position.step:08d}"
     part = folder / f".step-{position.step:08d}.part"
     part.mkdir(parents=True, exist_ok=True)
-    weights = trained_weights(model)
+    weights = weights_of(model, attached)
     rank = engine.rank()
     save_file({**trained.optimizer_state(), **rng_state()}, part / f"worker-{rank}.safetensors")
     record.write_json(part / f"worker-{rank}.json", position.tallies)
@@ -97,9 +105,9 @@ def latest(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
-def load_adapter(path: Path, model: nn.Module) -> None:
+def load_adapter(path: Path, model: nn.Module, attached: Attached) -> None:
     """Put a checkpoint's adapter into `model`, before the engine takes its master copies."""
-    load_weights(model, load_file(path / "adapter.safetensors"), str(path))
+    load_weights(model, attached, load_file(path / "adapter.safetensors"), str(path))
 
 
 def load_position(path: Path, trained: engine.Engine, layout: str) -> Position:

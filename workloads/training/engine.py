@@ -114,6 +114,14 @@ def reduce_sum(values: list[float]) -> list[float]:
     return total.tolist()
 
 
+def sum_tensor(part: Tensor) -> Tensor:
+    """Sum of a tensor over all workers, on every worker; each has to call it equally often."""
+    total = part.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every worker's `value` in rank order, on every worker."""
     if world_size() == 1:

@@ -10,14 +10,12 @@ Shape letters: N supervised tokens.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from workloads.adapters.base import Attached, Trace
 from workloads.config import RunConfig
-from workloads.data.collate import IGNORE, Batch, train_batch
+from workloads.data.collate import Batch, train_batch
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Sample
 from workloads.errors import UserError
@@ -91,7 +89,7 @@ class Loop:
             ):
                 tallies = {name: tally.to_json() for name, tally in self.tallies.items()}
                 position = checkpoint.Position(step=done, tallies=tallies, num_resumes=num_resumes)
-                checkpoint.save(folder, self.llava.model, self.trained, position, self.layout)
+                checkpoint.save(folder, self.llava.model, self.attached, self.trained, position, self.layout)
         return self._result(num_resumes, start, time.monotonic() - began)
 
     def _step(self, step: int) -> None:
@@ -100,6 +98,7 @@ class Loop:
         num_tokens, num_samples = self._global_counts(batches)
         seen = Tally(domains=self.tallies["window"].domains)
         for batch in batches:
+            batch.begin(self.trace)
             losses_N, rows_N = loss.token_losses(self.trained.forward, batch)
             total = losses_N.sum() / num_tokens
             for name, term in self.attached.losses(self.trace).items():
@@ -115,6 +114,7 @@ class Loop:
                 int(batch.mask_BT.sum()) if batch.samples else 0,
             )
         self.trained.step(cosine_with_warmup(step, self.num_steps, self.config.optim.warmup_ratio))
+        self.attached.after_step(engine.sum_tensor)
         self.tallies["window"].merge(seen)
         self.tallies["total"].merge(seen)
         if step >= self.num_steps - max(1, self.num_steps // 10):
@@ -141,8 +141,7 @@ class Loop:
 
     def _silent(self, slot: Slot) -> Batch:
         """A batch that takes part in every collective and adds nothing."""
-        batch = train_batch([self._sample(slot)], self.llava)
-        return replace(batch, samples=(), labels_BT=torch.full_like(batch.labels_BT, IGNORE))
+        return train_batch([self._sample(slot)], self.llava).silent()
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[float, float]:
         """Supervised tokens and samples of the step over all ranks."""
