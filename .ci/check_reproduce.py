@@ -37,7 +37,9 @@ def main(root: Path, output: str) -> None:
     assert {run.data.tags["arm"] for run in children} == arms
     for run in children:
         assert run.info.status == "FINISHED"
-        assert {"score", "score/general", "peak_bytes"} <= run.data.metrics.keys()
+        domain = run.data.tags["arm"].removeprefix("solo_")
+        domain = domain if domain != run.data.tags["arm"] else "general"
+        assert {"score", f"score/{domain}", "peak_bytes"} <= run.data.metrics.keys()
         names = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
         assert {"record.json", "predictions.jsonl", "adapter"} <= names, names
     names = {artifact.path for artifact in client.list_artifacts(parents[0].info.run_id)}
