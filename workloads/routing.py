@@ -50,6 +50,11 @@ def gates(probs_BTE: Tensor, choice_BT: Tensor, router_grad: RouterGrad) -> Tens
     return chosen_BTE + (probs_BTE - probs_BTE.detach())
 
 
+def same_values(router_grad: str) -> set[str]:
+    """The field `router_grad` where changing it to the other of `hard` and `straight_through` moves no output."""
+    return {"router_grad"} if router_grad in ("hard", "straight_through") else set()
+
+
 def balance_loss(
     probs_LBTE: Tensor, choice_LBT: Tensor, mask_BT: Tensor, form: BalanceForm, scope: BalanceScope
 ) -> Tensor:

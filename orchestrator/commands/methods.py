@@ -38,7 +38,7 @@ def methods() -> None:
 def _described(name: str) -> tuple[list[str], str]:
     """The cells after a method's name, at its arm's settings; and why some are empty, if they are."""
     from search_spaces.adapters import ARMS
-    from workloads.adapters import iso
+    from workloads.adapters.parts import iso
     from workloads.errors import UserError
 
     version = str(importlib.import_module(f"workloads.adapters.{name}").VERSION)

@@ -1,13 +1,12 @@
 """The smallest configuration of every method, for tests that run over all of them; the one place to know a method.
 
-A method is a file of workloads/adapters that has `Config` and `attach`. One that works with its own defaults, and at
+A method that works with its own defaults, and at
 most needs `tasks`, stands nowhere here.
 """
 
 import dataclasses
 import importlib
 import json
-from pathlib import Path
 
 import torch
 
@@ -15,6 +14,7 @@ from tests.llava.sentences import write_encoder
 from workloads import adapters
 from workloads.adapters import icm_lora, lora
 from workloads.adapters.base import Trace
+from workloads.config import methods
 
 TASKS = ("general", "document")
 QUESTIONS = ("what is this", "how many are there")
@@ -44,14 +44,6 @@ NOT_AT_BASE = {
     "meteora": "its LoRAs are ready-made",
     "moa-frozen": "its LoRAs are ready-made",
 }
-
-
-def methods():
-    """Names of all methods: files that have `Config` and `attach`."""
-    folder = Path(adapters.__path__[0])
-    names = sorted(path.stem for path in folder.glob("*.py") if path.stem not in ("__init__", "base"))
-    files = {name: importlib.import_module(f"workloads.adapters.{name}") for name in names}
-    return [name for name, file in files.items() if hasattr(file, "Config") and hasattr(file, "attach")]
 
 
 def cases():

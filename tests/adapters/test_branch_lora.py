@@ -7,18 +7,18 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
-    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
+from tests.adapters.decoding import decoded
 from tests.llava.sentences import write_encoder
 from workloads.adapters import branch_lora, lora
 from workloads.adapters.base import Trace
 from workloads.adapters.branch_lora import BranchLinear, Config, Sample
-from workloads.adapters.placing import Spot
-from workloads.adapters.pooling import ROUTER_POOLS
+from workloads.adapters.parts.placing import Spot
+from workloads.adapters.parts.pooling import ROUTER_POOLS
 from workloads.errors import UserError
 from workloads.routing import ROUTER_GRADS
 
@@ -245,11 +245,7 @@ def test_decoding_equals_the_full_forward_whatever_is_pooled(pool, tiny_llava, b
     ids, pixels = batch["input_ids"][:1], batch["pixel_values"][:1]
     trace.prompt_lengths = (7,)
     full = model(input_ids=ids, pixel_values=pixels).logits
-    cache = DynamicCache()
-    steps = [model(input_ids=ids[:, :7], pixel_values=pixels, past_key_values=cache, use_cache=True).logits]
-    for t in range(7, ids.shape[1]):
-        steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    close(torch.cat(steps, dim=1), full)
+    close(decoded(model, ids, pixels, 7), full)
 
 
 @pytest.mark.parametrize("pool", ROUTER_POOLS)
@@ -265,6 +261,9 @@ def test_the_first_token_routes_every_sample_alike(tiny_llava, batch):
     model(**batch)
     for linear in linears(model).values():
         close(linear.gates_BN[0], linear.gates_BN[1])
+    pooled, _, _ = attached(tiny_llava, router_pool="mean_valid")
+    pooled(**batch)
+    assert any(not torch.allclose(*linear.gates_BN) for linear in linears(pooled).values())
 
 
 def test_routers_compute_in_fp32_under_bf16():
@@ -467,11 +466,7 @@ def test_decoding_keeps_the_task_that_the_prompt_selected(tiny_llava, batch, tmp
     trace.prompt_lengths = (7,)
     ids, pixels = batch["input_ids"][:1], batch["pixel_values"][:1]
     full = model(input_ids=ids, pixel_values=pixels).logits
-    cache = DynamicCache()
-    steps = [model(input_ids=ids[:, :7], pixel_values=pixels, past_key_values=cache, use_cache=True).logits]
-    for t in range(7, ids.shape[1]):
-        steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    close(torch.cat(steps, dim=1), full)
+    close(decoded(model, ids, pixels, 7), full)
 
 
 def test_state_restores_routing_freezing_and_seen_tasks(tiny_llava, batch, tmp_path):

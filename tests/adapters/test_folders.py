@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.adapters.folder_tools import add_plain, peft_folder, write_folder
-from workloads.adapters.folders import fill, read_lora
+from workloads.adapters.parts.folders import fill, read_lora
 from workloads.errors import UserError
 
 Q = "model.language_model.layers.0.self_attn.q_proj"

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from workloads.adapters import iso, lora, mole
+from workloads.adapters import lora, mole
 from workloads.adapters.base import Trace
+from workloads.adapters.parts import iso
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
 
+from tests.adapters.decoding import decoded
 from tests.adapters.folder_tools import draw, peft_folder, write_folder
 from workloads import adapters
 from workloads.adapters import lora, meteora
 from workloads.adapters.base import Trace
-from workloads.adapters.placing import Spot
-from workloads.adapters.tasks import TaskIds
+from workloads.adapters.parts.placing import Spot
+from workloads.adapters.parts.tasks import TaskIds
 from workloads.errors import UserError
 from workloads.routing import ROUTER_GRADS
 
@@ -218,11 +218,7 @@ def test_padding_changes_neither_answer_nor_gate_loss_and_decoding_equals_the_fu
     alone = model(input_ids=ids[:, :9], pixel_values=pixels).logits[0]
     torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(with_padding, attached.losses(trace)["gate_loss"], rtol=1e-9, atol=1e-11)
-    cache = DynamicCache()
-    steps = [model(input_ids=ids[:, :5], pixel_values=pixels, past_key_values=cache, use_cache=True).logits]
-    for t in range(5, 9):
-        steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1)[0], alone, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(decoded(model, ids[:, :9], pixels, 5)[0], alone, rtol=1e-9, atol=1e-11)
 
 
 def test_an_unknown_task_and_folders_that_do_not_fit_are_named(tiny_llava, batch, tmp_path):

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
-    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
+from tests.adapters.decoding import decoded
 from workloads.adapters import lora, mix_lora
 from workloads.adapters.base import Trace
-from workloads.adapters.placing import Spot
+from workloads.adapters.parts.placing import Spot
 from workloads.errors import UserError
 from workloads.routing import ROUTER_GRADS
 
@@ -178,13 +178,8 @@ def test_teacher_forcing_with_known_prompts_equals_prefill_and_decoding(tiny_lla
     trace.prompt_lengths = (7,)
     with torch.no_grad():
         full = model(input_ids=ids, pixel_values=pixels).logits
-        cache = DynamicCache()
-        steps = [
-            model(input_ids=ids[:, :7], pixel_values=pixels, past_key_values=cache, use_cache=True).logits
-        ]
-        for t in range(7, 12):
-            steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-9, atol=1e-11)
+        steps = decoded(model, ids[:, :12], pixels, 7)
+    torch.testing.assert_close(steps, full, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("router_grad", ["hard", "scaled"])

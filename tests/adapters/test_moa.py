@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
 
+from tests.adapters.decoding import decoded
 from tests.adapters.folder_tools import add_plain, draw, peft_folder, write_folder
 from workloads.adapters import lora, moa
 from workloads.adapters.base import Trace
-from workloads.adapters.folders import read_lora
-from workloads.adapters.tasks import TaskIds
+from workloads.adapters.parts.folders import read_lora
+from workloads.adapters.parts.tasks import TaskIds
 from workloads.errors import UserError
 from workloads.routing import ROUTER_GRADS
 
@@ -169,21 +169,15 @@ def test_padding_changes_no_answer_and_decoding_equals_the_full_forward(tiny_lla
     moa.attach(model, moa.Config(tasks=NAMES, rank_per_expert=2), trace)
     trace.watch(model)
     draw(model, 3)
-    ids, pixels, cache = batch["input_ids"], batch["pixel_values"], DynamicCache()
+    ids, pixels = batch["input_ids"], batch["pixel_values"]
     with torch.no_grad():
         padded = model(**batch).logits[1, :9]
         alone = model(input_ids=ids[1:, :9], pixel_values=pixels[1:]).logits[0]
         torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-11)
         forced(model, 2)
         full = model(input_ids=ids[:1], pixel_values=pixels[:1]).logits
-        steps = [
-            model(
-                input_ids=ids[:1, :7], pixel_values=pixels[:1], past_key_values=cache, use_cache=True
-            ).logits
-        ]
-        for t in range(7, 12):
-            steps.append(model(input_ids=ids[:1, t : t + 1], past_key_values=cache, use_cache=True).logits)
-        torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-9, atol=1e-11)
+        steps = decoded(model, ids[:1, :12], pixels[:1], 7)
+        torch.testing.assert_close(steps, full, rtol=1e-9, atol=1e-11)
 
 
 def test_one_domain_equals_plain_lora(tiny_llava, batch):

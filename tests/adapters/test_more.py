@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
 
+from tests.adapters.decoding import decoded
 from tests.adapters.folder_tools import add_plain, draw
 from workloads.adapters import lora, more
 from workloads.adapters.base import Trace
-from workloads.adapters.placing import Spot
-from workloads.adapters.tasks import TaskIds
+from workloads.adapters.parts.placing import Spot
+from workloads.adapters.parts.tasks import TaskIds
 from workloads.errors import UserError
 from workloads.routing import ROUTER_GRADS
 
@@ -201,13 +201,7 @@ def test_padding_changes_neither_answer_nor_contrastive_loss_and_decoding_equals
     alone = model(input_ids=ids[1:, :9], pixel_values=pixels[1:]).logits[0]
     torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(with_padding, attached.losses(trace)["contrast_loss"], rtol=1e-9, atol=1e-11)
-    cache = DynamicCache()
-    steps = [
-        model(input_ids=ids[1:, :5], pixel_values=pixels[1:], past_key_values=cache, use_cache=True).logits
-    ]
-    for t in range(5, 9):
-        steps.append(model(input_ids=ids[1:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1)[0], alone, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(decoded(model, ids[1:, :9], pixels[1:], 5)[0], alone, rtol=1e-9, atol=1e-11)
 
 
 def test_without_contrast_there_is_no_term():

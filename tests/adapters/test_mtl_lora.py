@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
 
+from tests.adapters.decoding import decoded
 from tests.adapters.folder_tools import add_plain, draw
 from workloads.adapters import lora, mtl_lora
 from workloads.adapters.base import Trace
-from workloads.adapters.placing import Spot
-from workloads.adapters.tasks import TaskIds
+from workloads.adapters.parts.placing import Spot
+from workloads.adapters.parts.tasks import TaskIds
 from workloads.errors import UserError
 
 NAMES = ["general", "document", "biomedical", "maps"]
@@ -128,18 +128,12 @@ def test_decoding_and_padding_keep_every_samples_task(tiny_llava, batch):
     trace.watch(model)
     draw(model, 3)
     trace.begin(["?"] * 2, ["maps", "general"])
-    cache, ids = DynamicCache(), batch["input_ids"]
+    ids = batch["input_ids"]
     with torch.no_grad():
         full = model(**batch).logits
         pixels = batch["pixel_values"]
-        steps = [
-            model(input_ids=ids[:, :7], pixel_values=pixels, past_key_values=cache, use_cache=True).logits
-        ]
-        steps += [
-            model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
-            for t in range(7, 9)
-        ]
-        torch.testing.assert_close(torch.cat(steps, dim=1), full[:, :9], rtol=1e-9, atol=1e-11)
+        steps = decoded(model, ids[:, :9], pixels, 7)
+        torch.testing.assert_close(steps, full[:, :9], rtol=1e-9, atol=1e-11)
         trace.begin(["?"], ["general"])
         alone = model(input_ids=ids[1:, :9], pixel_values=pixels[1:]).logits
         torch.testing.assert_close(alone[0], full[1, :9], rtol=1e-9, atol=1e-11)

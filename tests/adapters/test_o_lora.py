@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import DynamicCache
 
+from tests.adapters.decoding import decoded
 from tests.adapters.folder_tools import add_plain, draw
 from workloads.adapters import lora, o_lora
 from workloads.adapters.base import Trace
@@ -187,15 +187,11 @@ def test_decoding_with_a_cache_equals_the_full_forward(tiny_llava, batch):
     model = tiny_llava()
     o_lora.attach(model, o_lora.Config(tasks=NAMES, rank_per_expert=2), Trace())
     randomise(model)
-    ids, pixels, cache = batch["input_ids"][:1], batch["pixel_values"][:1], DynamicCache()
+    ids, pixels = batch["input_ids"][:1], batch["pixel_values"][:1]
     with torch.no_grad():
         full = model(input_ids=ids, pixel_values=pixels).logits
-        steps = [
-            model(input_ids=ids[:, :7], pixel_values=pixels, past_key_values=cache, use_cache=True).logits
-        ]
-        for t in range(7, 12):
-            steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-9, atol=1e-11)
+        steps = decoded(model, ids[:, :12], pixels, 7)
+    torch.testing.assert_close(steps, full, rtol=1e-9, atol=1e-11)
 
 
 def test_an_unknown_task_names_the_nearest(tiny_llava):

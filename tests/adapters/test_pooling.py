@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workloads.adapters.base import Trace
-from workloads.adapters.pooling import ROUTER_POOLS, Pool, image_means, pooled_tokens, prompt_mask
+from workloads.adapters.parts.pooling import ROUTER_POOLS, Pool, image_means, pooled_tokens, prompt_mask
 
 
 def slow_place(mask, image, pool):

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import (
     CLIPVisionConfig,
-    DynamicCache,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
 
+from tests.adapters.decoding import decoded
 from tests.llava.sentences import write_encoder
 from workloads.adapters import lora, smolora
 from workloads.adapters.base import MLP, Trace
@@ -301,11 +301,7 @@ def test_decoding_equals_the_full_forward(mode, tiny_llava, batch, tmp_path):
     trace.begin(QUESTIONS[:1], ("",))
     trace.prompt_lengths = (7,)
     full = model(input_ids=ids, pixel_values=pixels).logits
-    cache = DynamicCache()
-    steps = [model(input_ids=ids[:, :7], pixel_values=pixels, past_key_values=cache, use_cache=True).logits]
-    for t in range(7, ids.shape[1]):
-        steps.append(model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits)
-    close(torch.cat(steps, dim=1), full)
+    close(decoded(model, ids, pixels, 7), full)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -9,7 +9,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from workloads.adapters import lora, smora
 from workloads.adapters.base import Trace
-from workloads.adapters.placing import Spot
+from workloads.adapters.parts.placing import Spot
 from workloads.errors import UserError
 from workloads.routing import ROUTER_GRADS
 

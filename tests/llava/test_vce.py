@@ -12,7 +12,7 @@ from tests.adapters.minimal import QUESTIONS, TASKS, cases, draw, drawn, loss_of
 from workloads import adapters
 from workloads.adapters import lora
 from workloads.adapters.base import Trace
-from workloads.adapters.iso import empty
+from workloads.adapters.parts.iso import empty
 from workloads.errors import UserError
 from workloads.llava import vce
 

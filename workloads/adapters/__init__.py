@@ -9,21 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workloads.adapters.base import Attached, Trace
-from workloads.adapters.folders import read_lora
+from workloads.adapters.parts import folders
+from workloads.adapters.parts.folders import CONFIG, PREFIX, PROJECTOR, WEIGHTS
 from workloads.config import SCHEMA_VERSION, AdapterConfig, from_tree
 from workloads.errors import UserError
 from workloads.llava import vce
 
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-# PEFT's prefix of every weight name.
-_PREFIX = "base_model.model."
-_PROJECTOR = "model.multi_modal_projector"
 # Path of a linear -> A (R, I), B (O, R), scale.
 Plain = Mapping[str, tuple[Tensor, Tensor, float]]
 
@@ -70,10 +65,12 @@ def weights_of(model: nn.Module, attached: Attached) -> dict[str, Tensor]:
 
 def read(folder: Path) -> dict[str, Tensor]:
     """The weights of an adapter folder by name in the model."""
-    if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder}: has no {WEIGHTS}")
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        return {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return folders.tensors(folder, str(folder))
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration as it stands in its folder."""
+    return folders.settings(folder, str(folder))
 
 
 def check_names(given: set[str], wanted: set[str], where: str) -> None:
@@ -110,7 +107,7 @@ def load(model: nn.Module, folder: Path) -> tuple[Attached, Trace]:
         if theirs != ours:
             raise UserError(f"{folder}: written by {config.name} version {theirs}; this is version {ours}")
     else:
-        plain = read_lora(folder, "adapter", model)
+        plain = folders.read_lora(folder, "adapter", model)
         rank, scale, loras = _uniform(plain.linears)
         weights = {**loras, **plain.projector}
         leaves = sorted({path.rsplit(".", 1)[-1] for path in plain.linears})
@@ -118,8 +115,8 @@ def load(model: nn.Module, folder: Path) -> tuple[Attached, Trace]:
     trace = Trace()
     attached = attach(model, config.without_files(), trace)
     trace.watch(model)
-    if any(name.startswith(_PROJECTOR) for name in weights):
-        model.get_submodule(_PROJECTOR).requires_grad_(True)
+    if any(name.startswith(PROJECTOR) for name in weights):
+        model.get_submodule(PROJECTOR).requires_grad_(True)
     if "vce" in tree:
         vce.restore(model, tree["vce"], str(folder))
     put(model, weights, saved_names(model, attached), str(folder))
@@ -157,7 +154,7 @@ def export(folder: Path, model: nn.Module, attached: Attached, base: str, task: 
     plain = _plain(attached, task, "exported")
     rank, scale, weights = _uniform(plain)
     trained = {name: w for name, w in model.named_parameters() if w.requires_grad}
-    projector = {name: w for name, w in trained.items() if name.startswith(_PROJECTOR)}
+    projector = {name: w for name, w in trained.items() if name.startswith(PROJECTOR)}
     tree = {
         "schema_version": SCHEMA_VERSION,
         "base_model_name_or_path": base,
@@ -203,26 +200,12 @@ def _uniform(plain: Plain) -> tuple[int, float, dict[str, Tensor]]:
 def write(folder: Path, weights: Mapping[str, Tensor], tree: Mapping[str, Any]) -> None:
     """The two files of an adapter; parts that PEFT trains in full stand under `modules_to_save`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    tensors = {PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps({**tree, **_in_full(weights)}, indent=1)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
 
 def _in_full(names: Iterable[str]) -> dict[str, list[str]]:
-    modules = sorted({name.split(".")[1] for name in names if name.startswith(_PROJECTOR)})
+    modules = sorted({name.split(".")[1] for name in names if name.startswith(PROJECTOR)})
     return {"modules_to_save": modules} if modules else {}
-
-
-def settings(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration as it stands in its folder."""
-    path = folder / CONFIG
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{folder}: has no readable {CONFIG}") from None
-    except ValueError:
-        raise UserError(f"{path}: not valid JSON") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: not a mapping")
-    return tree

@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.errors import require
-
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -166,24 +164,6 @@ class Router(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         dtype = torch.promote_types(input.dtype, torch.float32)
         return F.linear(input.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
-
-
-def put_lora(
-    model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float, dropout: float
-) -> list[str]:
-    """Replace every target linear of the language model by a LoRALinear; returns their paths in order."""
-    paths = [
-        name
-        for name, module in model.get_submodule("model.language_model").named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in targets
-    ]
-    require(bool(paths), "adapter.targets", list(targets), "the language model has no such linear")
-    for path in paths:
-        parent_path, leaf = f"model.language_model.{path}".rsplit(".", 1)
-        parent = model.get_submodule(parent_path)
-        linear = getattr(parent, leaf)
-        setattr(parent, leaf, LoRALinear(linear, rank, alpha, dropout).train(linear.training))
-    return paths
 
 
 def count(weights: Iterator[nn.Parameter]) -> int:

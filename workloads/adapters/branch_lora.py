@@ -25,11 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads import routing
-from workloads.adapters import base, tasks
+from workloads.adapters import base
 from workloads.adapters.base import Attached, Capabilities, Route, Trace
-from workloads.adapters.placing import Spot, check_lora, place
-from workloads.adapters.pooling import Pool, RouterPool
-from workloads.adapters.selector import TaskSelector
+from workloads.adapters.parts import tasks
+from workloads.adapters.parts.placing import Spot, check_lora, place
+from workloads.adapters.parts.pooling import Pool, RouterPool
+from workloads.adapters.parts.selector import TaskSelector
 from workloads.config import AdapterConfig
 from workloads.errors import require
 from workloads.llava import sentence
@@ -71,9 +72,8 @@ class Config(AdapterConfig):
 
     def training_only(self) -> set[str]:
         """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
-        same_values = {"router_grad"} if self.router_grad in ("hard", "straight_through") else set()
         freezing = {"freeze_branches", "min_tunable", "freeze_A_after_task"}
-        return {"dropout", "align_weight"} | freezing | same_values
+        return {"dropout", "align_weight"} | freezing | routing.same_values(self.router_grad)
 
     def identity(self) -> dict[str, str]:
         """The content of the sentence encoder, where one is used."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.adapters.base import Attached, Capabilities, Trace, count, freeze, kaiming_A
-from workloads.adapters.placing import check_lora, place
+from workloads.adapters.parts.placing import check_lora, place
 from workloads.config import AdapterConfig
 from workloads.errors import require
 

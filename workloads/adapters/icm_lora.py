@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from workloads.adapters.base import Attached, Capabilities, Trace, freeze, put_lora
+from workloads.adapters.base import Attached, Capabilities, Trace, freeze
+from workloads.adapters.parts.placing import plain_form, put_lora
 from workloads.config import AdapterConfig
 from workloads.errors import UserError, require
 
@@ -234,7 +235,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     generator = load_generator(Path(config.generator))
     lora = generator.adapter["method"]
     with torch.random.fork_rng(devices=[]):
-        paths = put_lora(model, tuple(lora["targets"]), lora["rank"], lora["alpha"], 0.0)
+        placed = put_lora(model, lora["targets"], lora["rank"], lora["alpha"], 0.0)
     freeze(model)
     weights = generator.draw(config.task, config.draw)
     own = {name: w for name, w in model.named_parameters() if ".lora_" in name}
@@ -245,19 +246,13 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     with torch.no_grad():
         for name, w in own.items():
             w.copy_(weights[name])
-    scale = lora["alpha"] / lora["rank"]
     described = {key: value for key, value in generator.adapter.items() if key not in _OF_THE_FOLDER}
-
-    def as_lora(task: str | None) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """The generated LoRA; it is for one task alone, so `task` changes nothing."""
-        full = [f"model.language_model.{path}" for path in paths]
-        return {p: (own[f"{p}.lora_A.weight"], own[f"{p}.lora_B.weight"], scale) for p in full}
 
     return Attached(
         capabilities=Capabilities(mergeable=True),
         num_weights=0,
         num_active=0,
         state=frozenset(own),
-        as_lora=as_lora,
+        as_lora=plain_form(placed),
         exported={**described, "generated": asdict(config)},
     )

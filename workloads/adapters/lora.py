@@ -4,12 +4,12 @@ Source:  Hu et al. 2021, LoRA, arXiv:2106.09685; placement as LLaVA-1.5 (all lin
 Files:   `adapter_model.safetensors` and `adapter_config.json` are PEFT's own format.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze, put_lora
+from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze
+from workloads.adapters.parts.placing import check_lora, plain_form, put_lora
 from workloads.config import AdapterConfig
 from workloads.errors import require
 
@@ -38,30 +38,17 @@ class Config(AdapterConfig):
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
         require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of 1 or more")
-        require(self.alpha > 0, "adapter.alpha", self.alpha, "a number above 0")
-        require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
-        require(bool(self.targets), "adapter.targets", self.targets, "name at least one linear")
-        known = (*ATTENTION, *MLP)
-        for target in self.targets:
-            require(target in known, "adapter.targets", target, f"linears: {', '.join(known)}", known)
+        check_lora(self.alpha, self.dropout, self.targets)
 
 
 def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     """Freeze `model` and put a LoRA on its target linears; routes nothing."""
     freeze(model)
-    found = put_lora(model, tuple(config.targets), config.rank, config.alpha, config.dropout)
-    paths = [f"model.language_model.{path}" for path in found]
+    placed = put_lora(model, config.targets, config.rank, config.alpha, config.dropout)
     num_weights = count(model.parameters())
-
-    def as_lora(task: str | None) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """The LoRA itself, whatever the task."""
-        own = {name: weight.detach() for name, weight in model.named_parameters()}
-        scale = config.alpha / config.rank
-        return {path: (own[f"{path}.lora_A.weight"], own[f"{path}.lora_B.weight"], scale) for path in paths}
-
     return Attached(
         capabilities=Capabilities(mergeable=True),
-        as_lora=as_lora,
+        as_lora=plain_form(placed),
         num_weights=num_weights,
         num_active=num_weights,
         exported={

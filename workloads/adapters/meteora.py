@@ -34,9 +34,9 @@ from workloads.adapters.base import (
     freeze,
     kaiming_A,
 )
-from workloads.adapters.folders import adapter_files, check_folders, fill, read_all
-from workloads.adapters.placing import Spot, check_lora, place
-from workloads.adapters.tasks import TaskIds, check_tasks
+from workloads.adapters.parts.folders import adapter_files, check_folders, fill, read_all
+from workloads.adapters.parts.placing import Spot, check_lora, place
+from workloads.adapters.parts.tasks import TaskIds, check_tasks
 from workloads.config import AdapterConfig
 from workloads.errors import require
 

@@ -34,10 +34,10 @@ from workloads.adapters.base import (
     freeze,
     kaiming_A,
 )
-from workloads.adapters.folders import PlainLora, adapter_files, check_folders, fill, read_all
-from workloads.adapters.placing import check_lora, place
-from workloads.adapters.pooling import prompt_mask
-from workloads.adapters.tasks import TaskIds, check_tasks, task_index
+from workloads.adapters.parts.folders import PlainLora, adapter_files, check_folders, fill, read_all
+from workloads.adapters.parts.placing import check_lora, place
+from workloads.adapters.parts.pooling import prompt_mask
+from workloads.adapters.parts.tasks import TaskIds, check_tasks, task_index
 from workloads.config import AdapterConfig
 from workloads.errors import UserError, require
 
@@ -71,9 +71,8 @@ class Config(AdapterConfig):
 
     def training_only(self) -> set[str]:
         """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
-        same_values = {"router_grad"} if self.router_grad in ("hard", "straight_through") else set()
         start = {"folders", "drop_projectors", "train_loras"}
-        return {"dropout", "domain_weight"} | start | same_values
+        return {"dropout", "domain_weight"} | start | routing.same_values(self.router_grad)
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""

@@ -30,8 +30,8 @@ from workloads.adapters.base import (
     decoder_blocks,
     freeze,
     kaiming_A,
-    put_lora,
 )
+from workloads.adapters.parts.placing import check_lora, put_lora
 from workloads.config import AdapterConfig
 from workloads.errors import require
 
@@ -58,8 +58,9 @@ class Config(AdapterConfig):
 
     def training_only(self) -> set[str]:
         """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
-        same_values = {"router_grad"} if self.router_grad in ("hard", "straight_through") else set()
-        return {"dropout", "balance_weight", "balance_form", "balance_scope"} | same_values
+        return {"dropout", "balance_weight", "balance_form", "balance_scope"} | routing.same_values(
+            self.router_grad
+        )
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
@@ -67,8 +68,7 @@ class Config(AdapterConfig):
             require(
                 getattr(self, key) >= 1, f"adapter.{key}", getattr(self, key), "a whole number of 1 or more"
             )
-        require(self.alpha > 0, "adapter.alpha", self.alpha, "a number above 0")
-        require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "from 0 to below 1")
+        check_lora(self.alpha, self.dropout)
         require(self.balance_weight >= 0, "adapter.balance_weight", self.balance_weight, "0 or more")
 
 

@@ -33,8 +33,8 @@ from workloads.adapters.base import (
     freeze,
     kaiming_A,
 )
-from workloads.adapters.placing import Spot, check_lora, place
-from workloads.adapters.tasks import TaskIds, check_tasks, task_index
+from workloads.adapters.parts.placing import Spot, check_lora, place
+from workloads.adapters.parts.tasks import TaskIds, check_tasks, task_index
 from workloads.config import AdapterConfig
 from workloads.errors import require
 
@@ -64,8 +64,7 @@ class Config(AdapterConfig):
 
     def training_only(self) -> set[str]:
         """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
-        same_values = {"router_grad"} if self.router_grad in ("hard", "straight_through") else set()
-        return {"dropout", "contrast_weight", "contrast_temperature"} | same_values
+        return {"dropout", "contrast_weight", "contrast_temperature"} | routing.same_values(self.router_grad)
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""

@@ -29,8 +29,8 @@ from workloads.adapters.base import (
     freeze,
     kaiming_A,
 )
-from workloads.adapters.placing import Spot, check_lora, place
-from workloads.adapters.tasks import TaskIds, check_tasks, task_index
+from workloads.adapters.parts.placing import Spot, check_lora, place
+from workloads.adapters.parts.tasks import TaskIds, check_tasks, task_index
 from workloads.config import AdapterConfig
 from workloads.errors import require
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze, kaiming_A
-from workloads.adapters.placing import check_lora, place
-from workloads.adapters.tasks import check_tasks, task_index
+from workloads.adapters.parts.placing import check_lora, place
+from workloads.adapters.parts.tasks import check_tasks, task_index
 from workloads.config import AdapterConfig
 from workloads.errors import require
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from workloads import routing
 from workloads.adapters.base import MLP, Attached, Capabilities, Route, Trace, count, freeze, kaiming_A
-from workloads.adapters.placing import check_lora, place
-from workloads.adapters.pooling import Pool
+from workloads.adapters.parts.placing import check_lora, place
+from workloads.adapters.parts.pooling import Pool
 from workloads.config import AdapterConfig
 from workloads.errors import require
 from workloads.llava import sentence

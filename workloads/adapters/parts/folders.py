@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from workloads.errors import UserError, nearest, require
 
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_PREFIX = "base_model.model."
-_PROJECTOR = "model.multi_modal_projector."
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# PEFT's prefix of every weight name.
+PREFIX = "base_model.model."
+PROJECTOR = "model.multi_modal_projector"
 # PEFT's settings and the values under which the folder holds the plain update (alpha / R) B A of the original base.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
@@ -56,13 +57,15 @@ def read_lora(folder: Path, key: str, model: nn.Module) -> PlainLora:
     Raises `UserError`, which opens with `key` and the folder, on anything missing, unknown or of a wrong shape.
     """
     where = f"{key}: {folder}"
-    settings = _settings(folder, where)
+    described = _plain_settings(folder, where)
     modules = model.get_submodule("model.language_model").named_modules(prefix="model.language_model")
     linears = {path: module for path, module in modules if isinstance(module, nn.Linear)}
-    known = {name for name, _ in model.named_parameters() if name.startswith(_PROJECTOR)}
+    known = {name for name, _ in model.named_parameters() if name.startswith(PROJECTOR)}
     pairs: dict[str, dict[str, Tensor]] = {}
     projector: dict[str, Tensor] = {}
-    for name, tensor in _tensors(folder, where).items():
+    for name, tensor in tensors(folder, where).items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise UserError(f"{where}: {PREFIX}{name} is not made of finite numbers")
         path, _, factor = name.partition(".lora_")
         if name in known:
             projector[name] = tensor
@@ -73,7 +76,7 @@ def read_lora(folder: Path, key: str, model: nn.Module) -> PlainLora:
     if not pairs:
         raise UserError(f"{where}: holds no LoRA")
     return PlainLora(
-        linears={path: _checked(path, pair, linears[path], settings, where) for path, pair in pairs.items()},
+        linears={path: _checked(path, pair, linears[path], described, where) for path, pair in pairs.items()},
         projector=projector,
     )
 
@@ -116,7 +119,7 @@ def check_folders(folders: Mapping[str, str], tasks: Sequence[str]) -> None:
 
 def adapter_files(folders: Mapping[str, str]) -> list[Path]:
     """The files behind `folders` in the order of their names; what they hold decides numbers, their places do not."""
-    return [Path(folders[name]) / file for name in sorted(folders) for file in (_CONFIG, _WEIGHTS)]
+    return [Path(folders[name]) / file for name in sorted(folders) for file in (CONFIG, WEIGHTS)]
 
 
 @torch.no_grad()
@@ -132,66 +135,70 @@ def fill(
     experts_B[expert, : len(A_RI)] = (B_OR.T * (own_scale / scale)).to(experts_B)
 
 
-def _settings(folder: Path, where: str) -> dict[str, Any]:
-    """`adapter_config.json`, once it is known to describe a plain LoRA."""
+def settings(folder: Path, where: str) -> dict[str, Any]:
+    """An adapter's `adapter_config.json` as it stands."""
     try:
-        settings = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+        tree = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"{where}: has no readable {_CONFIG}") from None
+        raise UserError(f"{where}: has no readable {CONFIG}") from None
     except ValueError:
-        raise UserError(f"{where}: {_CONFIG} is not valid JSON") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{where}: {_CONFIG} is not a mapping")
-    kind = settings.get("peft_type", "none")
+        raise UserError(f"{where}: {CONFIG} is not valid JSON") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{where}: {CONFIG} is not a mapping")
+    return tree
+
+
+def tensors(folder: Path, where: str) -> dict[str, Tensor]:
+    """All weights of an adapter folder by name in the model."""
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{where}: has no {WEIGHTS}; no other format is read")
+    try:
+        found = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{where}: {WEIGHTS} cannot be read: {' '.join(str(error).split())}") from None
+    for name in found:
+        if not name.startswith(PREFIX):
+            raise UserError(f"{where}: unknown weight {name}; names begin with {PREFIX}")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in found.items()}
+
+
+def _plain_settings(folder: Path, where: str) -> dict[str, Any]:
+    """The settings of a folder, once they are known to describe a plain LoRA."""
+    tree = settings(folder, where)
+    kind = tree.get("peft_type", "none")
     if kind != "LORA":
         raise UserError(f"{where}: peft_type {kind!r} is not allowed; a plain LoRA has 'LORA'")
     for name, allowed in _PLAIN.items():
-        value = settings.get(name, allowed[0])
+        value = tree.get(name, allowed[0])
         if value not in allowed:
             raise UserError(f"{where}: {name} {value!r} is not allowed in a plain LoRA; {allowed[0]!r} is")
     for name in ("r", "lora_alpha"):
-        value = settings.get(name)
+        value = tree.get(name)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{where}: {name} {value!r} is not allowed; a number above 0")
-    return settings
-
-
-def _tensors(folder: Path, where: str) -> dict[str, Tensor]:
-    """All weights of the folder by name in the model."""
-    if not (folder / _WEIGHTS).is_file():
-        raise UserError(f"{where}: has no {_WEIGHTS}; no other format is read")
-    try:
-        tensors = load_file(folder / _WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: {_WEIGHTS} cannot be read: {' '.join(str(error).split())}") from None
-    for name, tensor in tensors.items():
-        if not name.startswith(_PREFIX):
-            raise UserError(f"{where}: unknown weight {name}; names begin with {_PREFIX}")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise UserError(f"{where}: {name} is not made of finite numbers")
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return tree
 
 
 def _checked(
-    path: str, pair: dict[str, Tensor], linear: nn.Linear, settings: dict[str, Any], where: str
+    path: str, pair: dict[str, Tensor], linear: nn.Linear, described: dict[str, Any], where: str
 ) -> tuple[Tensor, Tensor, float]:
-    """A, B and scale of one linear; rank and alpha are those of `settings`."""
+    """A, B and scale of one linear; rank and alpha are those that the folder describes."""
     for factor in ("A", "B"):
         if factor not in pair:
             raise UserError(f"{where}: lacks {path}.lora_{factor}.weight")
-    rank = int(_of(settings, "rank_pattern", path, settings["r"], where))
-    alpha = float(_of(settings, "alpha_pattern", path, settings["lora_alpha"], where))
+    rank = int(_of(described, "rank_pattern", path, described["r"], where))
+    alpha = float(_of(described, "alpha_pattern", path, described["lora_alpha"], where))
     for factor, wanted in (("A", (rank, linear.in_features)), ("B", (linear.out_features, rank))):
         if tuple(pair[factor].shape) != wanted:
             shape = tuple(pair[factor].shape)
             raise UserError(f"{where}: {path}.lora_{factor}.weight has shape {shape}, not {wanted}")
-    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scale = alpha / (math.sqrt(rank) if described.get("use_rslora") else rank)
     return pair["A"], pair["B"], scale
 
 
-def _of(settings: dict[str, Any], patterns: str, path: str, default: float, where: str) -> float:
+def _of(described: dict[str, Any], patterns: str, path: str, default: float, where: str) -> float:
     """The value of the first of PEFT's patterns that the path ends in, else `default`."""
-    table = settings.get(patterns) or {}
+    table = described.get(patterns) or {}
     if not isinstance(table, dict):
         raise UserError(f"{where}: {patterns} is not a mapping")
     for pattern, value in table.items():

@@ -1,12 +1,12 @@
 """Puts a method's own module in the place of every target linear of the language model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from workloads.adapters.base import ATTENTION, MLP
+from workloads.adapters.base import ATTENTION, MLP, LoRALinear
 from workloads.errors import require
 
 LANGUAGE_MODEL = "model.language_model"
@@ -22,7 +22,7 @@ class Spot:
     leads: bool
 
 
-def check_lora(alpha: float, dropout: float, targets: Sequence[str]) -> None:
+def check_lora(alpha: float, dropout: float, targets: Sequence[str] = (*ATTENTION, *MLP)) -> None:
     """Raise `UserError` on values out of range of the settings that LoRA-like methods share."""
     require(alpha > 0, "adapter.alpha", alpha, "a number above 0")
     require(0 <= dropout < 1, "adapter.dropout", dropout, "from 0 to below 1")
@@ -54,3 +54,20 @@ def place(
         parent, leaf = path.rsplit(".", 1)
         setattr(model.get_submodule(parent), leaf, placed[path])
     return placed
+
+
+def put_lora(
+    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, dropout: float
+) -> dict[str, LoRALinear]:
+    """Replace every target linear of the language model by a LoRALinear; the new modules by path, in order."""
+    return place(model, targets, lambda base, spot: LoRALinear(base, rank, alpha, dropout))
+
+
+def plain_form(
+    placed: Mapping[str, LoRALinear],
+) -> Callable[[str | None], Mapping[str, tuple[Tensor, Tensor, float]]]:
+    """`Attached.as_lora` of what `put_lora` placed: the LoRA itself, whatever the task."""
+    return lambda task: {
+        path: (linear.lora_A.weight.detach(), linear.lora_B.weight.detach(), linear.scale)
+        for path, linear in placed.items()
+    }

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.adapters.base import Trace, kaiming_A
-from workloads.adapters.pooling import Pool
-from workloads.adapters.tasks import TaskIds, task_index
+from workloads.adapters.parts.pooling import Pool
+from workloads.adapters.parts.tasks import TaskIds, task_index
 from workloads.llava.sentence import SentenceEncoder
 
 

@@ -1,0 +1,1 @@
+"""What adapter methods share beyond base.py; every file beside this folder is a method."""
