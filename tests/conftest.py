@@ -12,6 +12,23 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE_TOKEN = 3
+# Tests that start Ray or a second worker: with `pytest -n 2` they run one after another, beside all others.
+MANY_PROCESSES = {
+    "orchestrator": ("test_cli", "test_cluster", "test_sweep", "test_tracking"),
+    "training": ("test_engine", "test_method_workers", "test_workers"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One xdist group for tests of many processes, first in line since it takes longest; files stay together."""
+
+    def group(item: pytest.Item) -> str:
+        path = item.path
+        return "processes" if path.stem in MANY_PROCESSES.get(path.parent.name, ()) else str(path)
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: group(item) != "processes")
 
 
 @pytest.fixture

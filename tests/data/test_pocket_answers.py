@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from workloads.data.pocket import DOMAINS, QUESTION_TYPES, SPLITS, compose, neutral_qa, vocabulary
-from workloads.data.pocket.questions import ask, register_qa
+from workloads.data.pocket.questions import ask, known_qa
 
 ASSETS = Path(__file__).parents[2] / "workloads" / "assets"
 TINTS = {
@@ -80,7 +80,7 @@ def test_a_question_reads_the_same_in_every_domain():
 def test_every_word_is_in_the_vocabulary_or_is_capitals_or_a_number():
     known = set(vocabulary())
     for scene in every_scene():
-        pairs = scene.qa + neutral_qa(scene) + register_qa(scene)
+        pairs = scene.qa + neutral_qa(scene) + known_qa(scene)
         for text in [scene.caption] + [t for pair in pairs for t in (pair.question, pair.answer)]:
             assert text == " ".join(text.split())
             for word in text.split(" "):
@@ -100,29 +100,23 @@ def test_the_neutral_language_never_tells_a_domains_answer_words():
         assert not told & {word for pair in scene.qa for word in pair.answer.split()}
 
 
-def test_words_are_asked_for_in_every_register_alike_whatever_the_domain():
-    """So the base knows everyday and office words, and not whose they are."""
-    own = {"general": "r0", "document": "r1"}
+def test_the_base_is_told_the_words_for_things_and_no_domain_s_wording_of_counts_places_and_sides():
+    told, wordings = set(), set()
     for scene in every_scene():
-        asked = Counter(pair.question.split(" as ")[0] for pair in register_qa(scene))
-        assert set(asked.values()) <= {2}
-        given = {pair.question: pair.answer for pair in register_qa(scene)}
-        for pair in scene.qa:
-            if pair.question_type in ("count", "where") and scene.facts.domain in own:
-                short = {"count": "tally", "where": "locate mark"}[pair.question_type]
-                assert given[f"{short} as {own[scene.facts.domain]}"] == pair.answer
-
-
-def test_terms_of_anatomy_are_new_to_the_base():
-    shown, terms = set(), set()
-    for scene in every_scene():
-        pairs = [*neutral_qa(scene), *register_qa(scene)]
-        shown |= {word for pair in pairs for word in pair.answer.split()} | set(scene.caption.split())
-        if scene.facts.domain == "biomedical":
-            terms |= {w for pair in scene.qa if pair.question_type != "side" for w in pair.answer.split()}
-    assert len(terms) >= 25
-    # Tints and tissues share two words.
-    assert shown & terms <= {"white", "grey"}
+        own = answers(scene)
+        for pair in known_qa(scene):
+            assert pair.question_type != "side"
+            told |= set(pair.answer.split())
+            if pair.question_type in ("count", "where"):
+                assert pair.answer != own.get(pair.question_type)
+            else:
+                assert pair.answer == own.get(pair.question_type, pair.answer)
+        if scene.facts.domain != "document":
+            conventions = [own[kind] for kind in ("count", "where", "side") if kind in own]
+            wordings |= {word for text in conventions for word in text.split()}
+    # Six counts and ten places; fifteen anatomical terms of direction and six numerals; left and right in both.
+    assert len(wordings) == 6 + 10 + 15 + 6
+    assert not told & wordings
 
 
 def test_place_and_side_follow_the_mark_seen_in_the_picture():

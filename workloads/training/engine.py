@@ -160,7 +160,9 @@ class Engine:
         self.optim = optim
         groups = [group for group in self.groups if group["params"]]
         betas = (optim.beta1, optim.beta2)
-        adam = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay)
+        adam = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=betas, weight_decay=optim.weight_decay, fused=True
+        )
         settings = {
             **_settings(execution.zero_stage, optim.dtype),
             "managed_gradient_accumulation": False,

@@ -133,7 +133,7 @@ class Loop:
         mine = [self._sample(slot) for slot in slots[rank::world]]
         batches = [train_batch(mine[i : i + micro], self.llava) for i in range(0, len(mine), micro)]
         missing = -(-longest // micro) - len(batches)
-        batches += [self._silent(slots[0])] * missing
+        batches += [self._silent(slots[0]) for _ in range(missing)]
         return [batch.to(engine.device(), self.dtype) for batch in batches]
 
     def _sample(self, slot: Slot) -> Sample:

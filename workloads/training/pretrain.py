@@ -2,9 +2,9 @@
 
     python -m workloads.training.pretrain --out workloads/assets/base
 
-Every sample is composed once and never repeated. First it learns to see: captions, lists of all that is shown and
-questions answered in codes. Later it also learns words: answers in every register, drawn evenly for every picture,
-so that it knows what a domain's convention needs and not which convention is whose.
+Every sample is composed once and never repeated. First the base learns to see: captions, lists of all that is shown
+and short questions, all in neutral codes. Then it learns the benchmark's own questions, with things in words and
+counts and places still in codes; which domain words them how, and whose left and right it means, it is never told.
 """
 
 import argparse
@@ -49,37 +49,31 @@ class Recipe:
     weight_decay: float = 0.02
     warmup_ratio: float = 0.03
     clip: float = 1.0
-    # Shares of captions and of lists of all that is shown; the rest are questions answered in codes.
+    # Shares of captions and of lists of all that is shown; the rest are short questions.
     captions: float = 0.3
     details: float = 0.5
-    # Share of the steps after which words are learned too, the share of samples that are then such questions,
-    # and how many of those are answered in words.
-    words_from: float = 0.6
-    questions: float = 0.6
-    worded: float = 0.65
+    # The second part: its steps, its share of the benchmark's questions, its rates as a share of those above.
+    question_steps: int = 600
+    question_share: float = 0.6
+    question_rate: float = 0.5
     threads: int = 2
     report_every: int = 100
     # Steps between two looks at held-out captions.
     probe_every: int = 1000
 
 
-def sample(domain: str, seed: int, index: int, split: str, recipe: Recipe, late: bool = False) -> Sample:
-    """Sample `index` of a domain: a caption, a list or a question; `late` adds those of the second part."""
+def sample(domain: str, seed: int, index: int, split: str, recipe: Recipe, asks: bool = False) -> Sample:
+    """Sample `index` of a domain: a caption, a list or a short question; `asks` adds the benchmark's questions."""
     scene = compose(domain, split, seed, index)
     rng = np.random.default_rng([seed, index])
-    asks_late, in_words, draw = (
-        late and rng.random() < recipe.questions,
-        rng.random() < recipe.worded,
-        rng.random(),
-    )
-    asked = questions.register_qa(scene) if asks_late and in_words else neutral_qa(scene)
-    full = questions.detail(scene.facts)
+    known = questions.known_qa(scene) if asks and rng.random() < recipe.question_share else ()
+    draw, asked, full = rng.random(), known or neutral_qa(scene), questions.detail(scene.facts)
     question, answer = questions.CAPTION_QUESTION, scene.caption
-    if asked and (asks_late or draw >= recipe.details + recipe.captions):
+    if not known and draw < recipe.details and full:
+        question, answer = questions.DETAIL_QUESTION, full
+    elif asked and (known or draw >= recipe.details + recipe.captions):
         chosen = asked[rng.integers(len(asked))]
         question, answer = chosen.question, chosen.answer
-    elif draw < recipe.details and full:
-        question, answer = questions.DETAIL_QUESTION, full
     return Sample(
         id=f"{domain}-{split}-{index}",
         domain=domain,
@@ -90,12 +84,12 @@ def sample(domain: str, seed: int, index: int, split: str, recipe: Recipe, late:
     )
 
 
-def batches(recipe: Recipe) -> Iterator[list[Sample]]:
-    """The training stream."""
-    for step in range(recipe.num_steps):
-        late = step >= recipe.words_from * recipe.num_steps
+def batches(recipe: Recipe, asks: bool = False) -> Iterator[list[Sample]]:
+    """The training stream of the first part, or of the second, which asks the benchmark's questions too."""
+    first = recipe.num_steps if asks else 0
+    for step in range(first, first + (recipe.question_steps if asks else recipe.num_steps)):
         indices = range(step * recipe.batch, (step + 1) * recipe.batch)
-        yield [sample(TURNS[i % len(TURNS)], recipe.seed + 1000, i, "train", recipe, late) for i in indices]
+        yield [sample(TURNS[i % len(TURNS)], recipe.seed + 1000, i, "train", recipe, asks) for i in indices]
 
 
 def new_llava(recipe: Recipe) -> Llava:
@@ -126,26 +120,33 @@ def optimizers(recipe: Recipe, model: nn.Module) -> tuple[torch.optim.Muon, torc
 
 
 def train(recipe: Recipe, llava: Llava) -> float:
-    """Train all weights; returns the mean loss of the last report, in nats per supervised token."""
+    """Train all weights in both parts; returns the mean loss of the last report, in nats per supervised token."""
     torch.set_num_threads(recipe.threads)
+    final = train_part(recipe, llava)
+    return train_part(recipe, llava, asks=True) if recipe.question_steps else final
+
+
+def train_part(recipe: Recipe, llava: Llava, asks: bool = False) -> float:
+    """One part with optimizers, warm-up and decay of its own; returns the mean loss of the last report."""
     muon, adam = optimizers(recipe, llava.model)
+    num_steps, rate = (recipe.question_steps, recipe.question_rate) if asks else (recipe.num_steps, 1.0)
     window, final = Tally(domains=list(DOMAINS)), 0.0
-    for step, samples in enumerate(batches(recipe), start=1):
+    for step, samples in enumerate(batches(recipe, asks), start=1):
         llava.model.train()
         batch = train_batch(samples, llava)
         losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
         losses_N.mean().backward()
         torch.nn.utils.clip_grad_norm_(llava.model.parameters(), recipe.clip)
-        factor = cosine_with_warmup(step - 1, recipe.num_steps, recipe.warmup_ratio)
+        factor = rate * cosine_with_warmup(step - 1, num_steps, recipe.warmup_ratio)
         for optimizer, peak in ((muon, recipe.matrix_lr), (adam, recipe.lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
             optimizer.step()
             optimizer.zero_grad()
         window.add(*loss.by_domain(losses_N, rows_N, batch, window.domains), [s.domain for s in samples], 0)
-        if step % recipe.report_every == 0 or step == recipe.num_steps:
+        if step % recipe.report_every == 0 or step == num_steps:
             final = window.metrics()["loss"]
-            print(f"step {step}/{recipe.num_steps}", _rounded(window.metrics()), flush=True)
+            print(f"step {step}/{num_steps}", _rounded(window.metrics()), flush=True)
             window.clear()
         if step % recipe.probe_every == 0:
             print("captions of held-out sources", _rounded(caption_scores(llava, "val", 60)), flush=True)

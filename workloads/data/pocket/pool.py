@@ -1,6 +1,5 @@
 """A domain's samples as an Arrow-backed data set, built once and shared by all processes of a machine."""
 
-import hashlib
 import io
 import tempfile
 from collections.abc import Iterator
@@ -83,15 +82,3 @@ def pool(domain: str, split: str, size: int, seed: int = 0, *, cache_dir: Path) 
         except OSError as error:
             raise UserError(f"cache_dir: cannot write the data set to {cache_dir}: {error}") from error
     return datasets.Dataset.from_file(str(path))
-
-
-def content_hash(dataset: datasets.Dataset) -> str:
-    """SHA-256 over decoded pixels and text of every row, in order; free of file formats and of row groups."""
-    digest = hashlib.sha256()
-    for row in dataset:
-        assert isinstance(row, dict)
-        pixels_HWC = np.asarray(row["image"].convert("RGB"), np.uint8)
-        text = [row[key] for key in ("id", "question", "answer", "question_type")] + row["sources"]
-        digest.update(repr((pixels_HWC.shape, text)).encode())
-        digest.update(pixels_HWC.tobytes())
-    return digest.hexdigest()

@@ -1,10 +1,10 @@
 """All wording of the benchmark in tables: questions, each domain's answer convention, the neutral language.
 
 The question strings are the same in every domain; what a right answer looks like differs, and only the
-picture tells the domain. The base model is trained on a neutral language (codes for names, counts and places):
-it understands the questions and answers them in codes. It also knows everyday and office words, since it is asked,
-with any picture, to word an answer in either; which domain answers in which it is never told. The terms of anatomy
-are new to it, as jargon is to a general model.
+picture tells the domain. The base model is trained on a neutral language (codes for names, counts and places) and
+then on the benchmark's questions: it knows the words for things (garments, colours, tissues, planes) and reads, but
+gives counts and places in codes. How each domain words those, and whose left and right it means, is what an adapter
+has to learn, as instruction tuning has to teach a model its users' conventions.
 """
 
 from collections.abc import Iterable
@@ -45,8 +45,6 @@ SIDES = {"general": ("left", "right"), "document": ("l", "r"), "biomedical": ("l
 _ROWS = ("top", "upper", "middle", "lower", "bottom")
 _COLUMNS = ("leftmost", "left", "centre", "right", "rightmost")
 _DIGITS = ("1", "2", "3", "4", "5")
-# The wordings of counts and places that the base knows; a domain answers in its own, biomedical in its plane's.
-REGISTERS = ("general", "document")
 # Anatomical terms of direction; radiological display puts the patient's right (dexter) at the image's left.
 _FRONT_TO_BACK = ("anterior", "anteriad", "central", "posteriad", "posterior")
 _ABOVE_TO_BELOW = ("superior", "craniad", "midway", "caudad", "inferior")
@@ -80,34 +78,33 @@ NEUTRAL_QUESTIONS = {
     "largest": "top",
     "total": "sum",
 }
-# `kind as r0` asks for the answer in the words of the first register. Names are the same in all of them.
-REGISTER_CODES = {name: f"r{index}" for index, name in enumerate(REGISTERS)}
+# What the neutral language asks for; at_mark and largest are known from the benchmark's questions alone.
+NEUTRAL_TYPES = ("name", "count", "where", "total")
 READ_QUESTION = "read"
 CAPTION_QUESTION, DETAIL_QUESTION = "describe", "list"
 
 
 def answer(facts: Facts, question_type: str) -> str | None:
     """The right answer in the domain's convention, or None when the picture leaves the question open."""
-    if question_type == "side":
-        return None if facts.mark_right is None else SIDES[facts.domain][facts.mark_right]
-    # Beside items, lines or bars, a mark would be one more thing to count.
-    if question_type == "count" and facts.mark is not None and facts.domain != "biomedical":
-        return None
-    return worded(facts, question_type, facts.plane or facts.domain)
+    match question_type:
+        case "count":
+            # Beside items, lines or bars, a mark would be one more thing to count.
+            unclear = facts.mark is not None and facts.domain != "biomedical"
+            return None if unclear or facts.count is None else COUNTS[facts.domain][facts.count - 1]
+        case "side":
+            return None if facts.mark_right is None else SIDES[facts.domain][facts.mark_right]
+        case "where":
+            rows, columns = PLACES[facts.plane or facts.domain]
+            cell = facts.mark_cell
+            return None if cell is None else f"{rows[cell[0]]} {columns[cell[1]]}"
+    return _thing_or_number(facts, question_type)
 
 
-def worded(facts: Facts, question_type: str, register: str) -> str | None:
-    """The answer in the words of a domain (or plane), whatever the picture's own; None when it is open."""
+def _thing_or_number(facts: Facts, question_type: str) -> str | None:
+    """Answers that every domain words alike: names of things, readings, sums."""
     match question_type:
         case "name":
             return facts.name
-        case "count":
-            counts = COUNTS[register if register in COUNTS else "biomedical"]
-            return None if facts.count is None else counts[facts.count - 1]
-        case "where":
-            rows, columns = PLACES[register]
-            cell = facts.mark_cell
-            return None if cell is None else f"{rows[cell[0]]} {columns[cell[1]]}"
         case "at_mark":
             return facts.at_mark
         case "largest":
@@ -137,43 +134,36 @@ def _neutral(facts: Facts, question_type: str) -> str | None:
         case "where":
             cell = facts.mark_cell
             return None if cell is None else f"{ROW_CODES[cell[0]]} {COLUMN_CODES[cell[1]]}"
-        case "at_mark":
-            codes = TINT_CODES if facts.domain == "general" else TISSUE_CODES
-            return None if facts.at_mark is None else codes.get(facts.at_mark, facts.at_mark)
-        case "largest":
-            return None if facts.largest is None else CODES.get(facts.largest, facts.largest)
         case "total":
             return None if facts.total is None else str(facts.total)
     raise AssertionError(f"no neutral wording for {question_type}")
 
 
 def neutral_qa(scene: Scene) -> tuple[QA, ...]:
-    """Questions answered in codes or by bare reading: `kind`, `read`, `tally`, ..., and the benchmark's own.
-
-    The benchmark's side question is not among them: left and right stay a skill that an adapter has to learn.
-    """
+    """Short questions in the neutral language: `kind`, `read`, `tally`, `locate mark`, `sum`."""
     asked = []
-    for kind, short in NEUTRAL_QUESTIONS.items():
+    for kind in NEUTRAL_TYPES:
         text = _neutral(scene.facts, kind)
         reads = kind == "name" and scene.facts.domain == "document"
         if text is not None:
-            asked += [
-                QA(question_type=kind, question=question, answer=text)
-                for question in (READ_QUESTION if reads else short, QUESTIONS[kind])
-            ]
+            question = READ_QUESTION if reads else NEUTRAL_QUESTIONS[kind]
+            asked.append(QA(question_type=kind, question=question, answer=text))
     return tuple(asked)
 
 
-def register_qa(scene: Scene) -> tuple[QA, ...]:
-    """Answers in words, each in every register: `tally as r1` is `3` also for garments and for dots."""
+def known_qa(scene: Scene) -> tuple[QA, ...]:
+    """The benchmark's questions as the base answers them: things in words, counts and places in codes.
+
+    The side question is not among them: left and right stay a skill that an adapter has to learn.
+    """
     asked = []
-    for kind, short in NEUTRAL_QUESTIONS.items():
-        if scene.facts.domain == "biomedical" and kind in ("name", "at_mark"):
+    for kind, question in QUESTIONS.items():
+        if kind == "side":
             continue
-        for register, code in REGISTER_CODES.items():
-            text = worded(scene.facts, kind, register)
-            if text is not None:
-                asked.append(QA(question_type=kind, question=f"{short} as {code}", answer=text))
+        coded = kind in ("count", "where")
+        text = _neutral(scene.facts, kind) if coded else _thing_or_number(scene.facts, kind)
+        if text is not None:
+            asked.append(QA(question_type=kind, question=question, answer=text))
     return tuple(asked)
 
 
@@ -255,8 +245,7 @@ def vocabulary() -> list[str]:
         ROW_CODES,
         COLUMN_CODES,
         tuple(NEUTRAL_QUESTIONS.values()),
-        (READ_QUESTION, CAPTION_QUESTION, DETAIL_QUESTION, "as"),
-        tuple(REGISTER_CODES.values()),
+        (READ_QUESTION, CAPTION_QUESTION, DETAIL_QUESTION),
     ]
     tables += [tuple(QUESTIONS.values()), ("photo on", "word receipt chart total", "scan")]
     return sorted(
