@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from orchestrator.commands import (
     check,
     compare,
+    export,
     methods,
     plan,
     report,
@@ -60,7 +61,7 @@ def options(
 
 
 for _module in (
-    check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, methods, version,
+    check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, export, methods, version,
 ):  # fmt: skip
     app.command()(getattr(_module, _module.__name__.rsplit(".", 1)[-1]))
 

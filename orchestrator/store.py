@@ -37,6 +37,18 @@ class Store:
         """The folder of a run; it may not exist yet."""
         return self.root / "runs" / fingerprint
 
+    def find_run(self, start: str) -> Path:
+        """The folder of the one finished run whose fingerprint begins with `start`; raises `UserError`."""
+        found = [path.parent for path in self.root.glob("runs/*/record.json")]
+        mine = sorted(path for path in found if path.name.startswith(start))
+        if len(mine) != 1:
+            names = ", ".join(path.name for path in mine[:3])
+            what = (
+                f"begins {len(mine)} finished runs: {names}" if mine else f"is no finished run in {self.root}"
+            )
+            raise UserError(f"run: {start!r} {what}")
+        return mine[0]
+
     def study_folder(self, name: str) -> Path:
         """The folder of a study; it may not exist yet."""
         return self.root / name

@@ -38,7 +38,7 @@ LAYERS = (
     ("__version__", "errors", "config", "record", "routing", "environment"),
     ("adapters", "llava", "data", "identity", "assets"),
     ("training", "evaluation"),
-    ("results", "run", "bench"),
+    ("results", "run", "bench", "export"),
 )
 LIGHT = (
     "workloads.config", "workloads.record", "workloads.evaluation.conflict", "workloads.evaluation.statistics",

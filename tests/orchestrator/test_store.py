@@ -98,3 +98,16 @@ def test_a_study_that_is_not_there_names_those_that_are(tmp_path):
     (tmp_path / "tiny" / "study.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         Store(tmp_path).read_study("tiny")
+
+
+def test_a_finished_run_is_found_by_the_beginning_of_its_fingerprint(tmp_path):
+    store = Store(tmp_path)
+    for name in ("abc1", "abd2"):
+        store.run_folder(name).mkdir(parents=True)
+        (store.run_folder(name) / "record.json").write_text("{}")
+    store.run_folder("abc9").mkdir()  # not finished
+    assert store.find_run("abc") == store.run_folder("abc1")
+    with pytest.raises(UserError, match=r"'ab' begins 2 finished runs: abc1, abd2"):
+        store.find_run("ab")
+    with pytest.raises(UserError, match="'x' is no finished run"):
+        store.find_run("x")
