@@ -33,6 +33,6 @@ def reproduce(
     if loaded.hypothesis:
         out.print(loaded.hypothesis, markup=False, highlight=False)
     out.print(plan.table(loaded, store))
-    options = Options(tracking_uri=tracking_uri, command=shlex.join(sys.argv))
+    options = Options(tracking_uri=tracking_uri, command=shlex.join(["orchestrator", *sys.argv[1:]]))
     folder = sweep(loaded, store, out, options)
     show(folder, store, out, tracking_uri)

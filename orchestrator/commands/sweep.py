@@ -22,6 +22,8 @@ def sweep(
     from orchestrator.sweep import sweep as run_sweep
 
     out, store = console(), Store(root)
-    options = Options(address=address, tracking_uri=tracking_uri, command=shlex.join(sys.argv))
+    options = Options(
+        address=address, tracking_uri=tracking_uri, command=shlex.join(["orchestrator", *sys.argv[1:]])
+    )
     folder = run_sweep(load(study, profile), store, out, options)
     show(folder, store, out, tracking_uri)
