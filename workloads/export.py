@@ -1,8 +1,6 @@
 """The adapter of a finished run for other software: its own folder, a LoRA in PEFT's format, or a merged model."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -33,19 +31,15 @@ def export(run: Path, out: Path, form: Form, task: str | None = None) -> None:
         raise UserError(f"model.name_or_path: {name} is not the base that {run.name} was trained on any more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} holds something already; name a new folder")
-    # `load` puts VCE back itself, from the adapter's folder.
-    llava = build(replace(config.model, vce=False), "fp32")
+    llava = build(config.model, "fp32")
     attached, _ = adapters.load(llava.model, run / record.ADAPTER)
-    write: dict[Form, Callable[[], None]] = {
-        "adapter": lambda: _copy(run / record.ADAPTER, out),
-        "peft": lambda: adapters.export(out, llava.model, attached, name, task),
-        "merged": lambda: _merge(llava, attached, out, config.model, task),
-    }
-    write[form]()
-
-
-def _copy(folder: Path, out: Path) -> None:
-    shutil.copytree(folder, out, dirs_exist_ok=True)
+    match form:
+        case "adapter":
+            shutil.copytree(run / record.ADAPTER, out, dirs_exist_ok=True)
+        case "peft":
+            adapters.export(out, llava.model, attached, name, task)
+        case "merged":
+            _merge(llava, attached, out, config.model, task)
 
 
 def _merge(llava: Llava, attached: Attached, out: Path, model: ModelConfig, task: str | None) -> None:
