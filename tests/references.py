@@ -20,6 +20,7 @@ class Item:
     question: str
     answer: str
     question_type: str = "name"
+    features_LPD: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

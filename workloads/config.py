@@ -100,6 +100,8 @@ class ExecutionConfig:
     report_every: int = 25
     eval_batch: int = 100
     threads: int = 1
+    # Compute the frozen tower's output on an image once, and keep it on disk for all runs.
+    feature_cache: bool = False
     gpus_per_worker: float = 0.0
 
 
@@ -279,11 +281,8 @@ def check(config: RunConfig) -> None:
         require(value >= 1, key, value, "a whole number of 1 or more")
     require(0 <= data.max_rejected <= 1, "data.max_rejected", data.max_rejected, "a share from 0 to 1")
     require(optim.lr > 0, "optim.lr", optim.lr, "a number above 0")
-    for key, value in (
-        ("projector_lr_ratio", optim.projector_lr_ratio),
-        ("weight_decay", optim.weight_decay),
-        ("clip", optim.clip),
-    ):
+    for key in ("projector_lr_ratio", "weight_decay", "clip"):
+        value = getattr(optim, key)
         require(value >= 0, f"optim.{key}", value, "0 or more")
     ratio = optim.warmup_ratio
     require(0 <= ratio < 1, "optim.warmup_ratio", ratio, "a share from 0 to below 1")

@@ -17,7 +17,7 @@ from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
 from workloads.errors import UserError, require
 from workloads.evaluation.answer import answer
-from workloads.llava import vce
+from workloads.llava import tower, vce
 from workloads.llava.build import Llava, build, projector_weights, train_projector
 from workloads.record import RunRecord
 from workloads.training import checkpoint, engine
@@ -43,17 +43,20 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     if _finished(config, folder):
         return record.load(folder)
     described = environment.describe()
-    trace = Trace()
-    llava, attached = _attached(config, trace, folder)
-    num_trained = count(llava.model.parameters())
-    allowed = "nothing of it trains; set model.train_projector or choose another method"
-    require(num_trained > 0, "adapter.name", config.adapter.name, allowed)
+    llava = _base(config)
     domains = sorted(config.eval.domains or sources.find(config.data.source).available(config.eval.split))
     pools = _pools(config, llava, list(mixture.counts(config.data)), "train")
     eval_pools = _pools(config, llava, domains, config.eval.split)
     rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
     stream = mixture.stream(config.data, {d: p.accepted for d, p in pools.items()}, config.seed)
     items = {d: _first(config, d, p) for d, p in eval_pools.items()}
+    if config.execution.feature_cache:
+        pools, eval_pools = _seen_once(config, llava, (pools, stream), (eval_pools, items))
+    trace = Trace()
+    attached = _attached(config, llava, trace, folder)
+    num_trained = count(llava.model.parameters())
+    allowed = "nothing of it trains; set model.train_projector or choose another method"
+    require(num_trained > 0, "adapter.name", config.adapter.name, allowed)
     _start_folder(config, folder, rejected)
     emit = _Events(folder, report)
     torch.manual_seed(config.seed + 1_000_003 * (engine.rank() + 1))  # ranks draw different dropout masks
@@ -119,12 +122,44 @@ class _Events:
         self.report(event, None)
 
 
-def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Attached]:
-    """The base with the method on it; fresh, from another run's adapter, or from this run's checkpoint."""
+def _base(config: RunConfig) -> Llava:
+    """The base model, whole or partitioned, where it computes."""
     sharded = engine.sharded_init(config.execution.zero_stage, config.optim.dtype)
     llava = build(config.model, config.optim.dtype, sharded)
     check_context(config, llava)
+    if config.model.vce:
+        vce.check(llava.model, config.model.vce_levels, config.model.vce_heads, config.model.vce_points)
     llava.model.to(engine.device())  # pyright: ignore[reportArgumentType]
+    return llava
+
+
+def _seen_once(
+    config: RunConfig,
+    llava: Llava,
+    train: tuple[dict[str, Pool], list[Slot]],
+    evaluation: tuple[dict[str, Pool], dict[str, list[int]]],
+) -> tuple[dict[str, Pool], dict[str, Pool]]:
+    """The pools with the tower's features of all samples that the run meets; a stand-in takes the tower's place."""
+    (pools, stream), (eval_pools, items) = train, evaluation
+    levels = tower.levels_of(llava, config.model.vce_levels if config.model.vce else [])
+    needed = {d: sorted({slot.index for slot in stream if slot.domain == d}) for d in pools}
+    world, rank = engine.world_size(), engine.rank()
+    with engine.gathered(tower.tower_of(llava).parameters()):
+        pools = tower.with_features(llava, pools, levels)
+        eval_pools = tower.with_features(llava, eval_pools, levels)
+        parts = [(pools[d], needed[d]) for d in pools] + [(eval_pools[d], items[d]) for d in eval_pools]
+        for part, indices in parts:
+            tower.fill(llava, part, indices[rank::world], levels)
+        engine.barrier()
+        if world > 1:  # what the other ranks have put on other nodes
+            for part, indices in parts:
+                tower.fill(llava, part, indices, levels)
+    tower.stand_in(llava, levels)
+    return pools, eval_pools
+
+
+def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> Attached:
+    """The method on the base; fresh, from another run's adapter, or from this run's checkpoint."""
     torch.manual_seed(config.seed)
     attached = adapters.attach(llava.model, config.adapter, trace)
     trace.watch(llava.model)
@@ -143,7 +178,7 @@ def _attached(config: RunConfig, trace: Trace, folder: Path) -> tuple[Llava, Att
         _check_start(config, start)
         weights = adapters.read(start / record.ADAPTER)
         checkpoint.load_weights(llava.model, attached, weights, f"init_from {config.init_from}")
-    return llava, attached
+    return attached
 
 
 def _check_start(config: RunConfig, start: Path) -> None:

@@ -43,7 +43,7 @@ def test_prompt_ids_equal_the_processors_own(llava):
         images=[s.image_HWC], text=[llava.prompter.prompt(s.question)], return_tensors="pt"
     )
     assert ours.ids_BT.tolist() == theirs["input_ids"].tolist()
-    torch.testing.assert_close(ours.pixels_BCHW, theirs["pixel_values"])
+    torch.testing.assert_close(ours.vision, theirs["pixel_values"])
     assert (ours.ids_BT == llava.model.config.image_token_id).sum() == 64
 
 

@@ -79,7 +79,9 @@ def test_digest_follows_pixels_and_text_and_not_the_file(prompter):
 def example(num_good, num_bad):
     bad = [pool.Rejected(id=f"b{i}", reason="image: missing") for i in range(num_bad)]
     data = rows(*[(None, "x")] * (num_good + num_bad))
-    return pool.Pool(domain="general", rows=data, accepted=list(range(num_good)), rejected=bad, digests=[])
+    return pool.Pool(
+        key="k", domain="general", rows=data, accepted=list(range(num_good)), rejected=bad, digests=[]
+    )
 
 
 def test_more_bad_samples_than_allowed_stop_the_run_with_one_line():

@@ -25,7 +25,7 @@ def small(adapter="lora", **sections):
         "execution": {"report_every": 3, "micro_batch": 8},
     }
     for section, values in sections.items():
-        tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
     return from_tree(tree)
 
 

@@ -1,4 +1,4 @@
-"""Batches: samples to padded token ids, masks, labels and pixels.
+"""Batches: samples to padded token ids, masks, labels, and pixels or features.
 
 Shape letters: B batch, T tokens, C channels, H height, W width.
 """
@@ -29,20 +29,21 @@ class Batch:
     ids_BT: Tensor
     mask_BT: Tensor
     labels_BT: Tensor
-    pixels_BCHW: Tensor
+    # Pixels (B, C, H, W); where the tower's features are cached, those: levels x tokens x width of each image.
+    vision: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
-        return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "pixel_values": self.pixels_BCHW}
+        return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "pixel_values": self.vision}
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
-        """The batch on `device`, pixels in `dtype`."""
+        """The batch on `device`, what is seen in `dtype`."""
         return replace(
             self,
             ids_BT=self.ids_BT.to(device),
             mask_BT=self.mask_BT.to(device),
             labels_BT=self.labels_BT.to(device),
-            pixels_BCHW=self.pixels_BCHW.to(device, dtype),
+            vision=self.vision.to(device, dtype),
         )
 
     def begin(self, trace: Trace) -> None:
@@ -71,7 +72,7 @@ def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         labels_BT=labels_BT,
-        pixels_BCHW=_pixels(samples, llava),
+        vision=vision(samples, llava),
     )
 
 
@@ -87,7 +88,7 @@ def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         labels_BT=labels_BT,
-        pixels_BCHW=_pixels(samples, llava),
+        vision=vision(samples, llava),
     )
 
 
@@ -102,6 +103,10 @@ def _pad(rows: list[list[int]], length: int, llava: Llava, left: bool) -> tuple[
     return ids_BT, mask_BT
 
 
-def _pixels(samples: Sequence[Sample], llava: Llava) -> Tensor:
+def vision(samples: Sequence[Sample], llava: Llava) -> Tensor:
+    """What the model sees of the samples: their features where they have them, else processed pixels."""
+    features = [s.features_LPD for s in samples if s.features_LPD is not None]
+    if features:
+        return torch.stack(features)
     processor: Any = llava.processor
     return processor.image_processor([s.image_HWC for s in samples], return_tensors="pt")["pixel_values"]

@@ -12,16 +12,19 @@ from typing import Any
 import datasets
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from workloads import record
 from workloads.data import sources
 from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
+from workloads.data.features import Features
 from workloads.data.mixture import Slot
 from workloads.errors import UserError
 from workloads.identity import data_hash
 from workloads.llava.prompt import Prompter
 
 MAX_PIXELS = 64_000_000
+_NO_IMAGE = np.empty((0, 0, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +46,25 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One decoded sample; `image_HWC` is uint8 RGB."""
+    """One decoded sample."""
 
     id: str
     domain: str
+    # uint8 RGB; empty where features stand for the image.
     image_HWC: np.ndarray
     question: str
     answer: str
     question_type: str
+    # What the vision tower says of the image, where that is cached.
+    features_LPD: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """All samples of one domain and split; `accepted` holds the usable indices."""
 
+    # Names what the samples are and how they were vetted.
+    key: str
     domain: str
     rows: datasets.Dataset
     accepted: list[int]
@@ -65,19 +73,25 @@ class Pool:
     digests: list[str]
     # Every image is replaced by mid-grey: the blind baseline.
     blind: bool = False
+    # What the vision tower says of the images, where that is cached; the images are not decoded then.
+    features: Features | None = None
 
     def sample(self, index: int) -> Sample:
-        """Decode sample `index`."""
+        """Sample `index`, decoded."""
         row: dict[str, Any] = self.rows[index]
-        image_HWC = decode(row["image"]["bytes"])
         return Sample(
             id=row["id"],
             domain=self.domain,
-            image_HWC=np.full_like(image_HWC, 128) if self.blind else image_HWC,
+            image_HWC=_NO_IMAGE if self.features else self._image(row["image"]["bytes"]),
             question=row["question"],
             answer=row["answer"],
             question_type=row["question_type"],
+            features_LPD=self.features.read(index) if self.features else None,
         )
+
+    def _image(self, data: bytes) -> np.ndarray:
+        image_HWC = decode(data)
+        return np.full_like(image_HWC, 128) if self.blind else image_HWC
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -109,6 +123,7 @@ def load(
         _keep(path, vet(rows, prompter, max_length))
     verdicts = [Verdict(**tree) for tree in json.loads(path.read_text(encoding="utf-8"))]
     return Pool(
+        key=f"{key}-blind" if blind else key,
         domain=domain,
         rows=rows,
         accepted=[i for i, verdict in enumerate(verdicts) if not verdict.fault],

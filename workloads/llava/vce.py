@@ -119,22 +119,14 @@ class VisualCues(nn.Module):
         return (self(anchor_BPD, levels),)
 
 
-def check(levels: Sequence[int], heads: int, points: int) -> None:
-    """Raise `UserError` on settings that no model allows."""
+def check(model: nn.Module, levels: Sequence[int], heads: int, points: int) -> None:
+    """Raise `UserError` on settings that do not fit a LLaVA's tower."""
     require(bool(levels), "model.vce_levels", list(levels), "name at least the projector's own level")
     for level in levels:
         require(level < 0, "model.vce_levels", level, "levels count from the end: -1 is the tower's last")
         require(list(levels).count(level) == 1, "model.vce_levels", level, "name every level once")
     require(heads >= 1, "model.vce_heads", heads, "a whole number of 1 or more")
     require(points >= 1, "model.vce_points", points, "a whole number of 1 or more")
-
-
-def attach(model: nn.Module, levels: Sequence[int], heads: int, points: int) -> dict[str, Any]:
-    """Put a trained VCE between a LLaVA's tower and projector; returns its settings for adapter_config.json.
-
-    Comes after the adapter method, which freezes the model. Raises `UserError` on settings that do not fit the tower.
-    """
-    check(levels, heads, points)
     config: Any = model.config
     tower, read = config.vision_config, config.vision_feature_layer
     depth, width = tower.num_hidden_layers, tower.hidden_size
@@ -152,8 +144,18 @@ def attach(model: nn.Module, levels: Sequence[int], heads: int, points: int) -> 
     for level in levels:
         require(level >= -depth - 1, "model.vce_levels", level, f"this tower has levels -1 to {-depth - 1}")
     require(width % heads == 0, "model.vce_heads", heads, f"a divisor of the tower's width {width}")
+
+
+def attach(model: nn.Module, levels: Sequence[int], heads: int, points: int) -> dict[str, Any]:
+    """Put a trained VCE between a LLaVA's tower and projector; returns its settings for adapter_config.json.
+
+    Comes after the adapter method, which freezes the model. Raises `UserError` on settings that do not fit the tower.
+    """
+    check(model, levels, heads, points)
     projector, llava = model.get_submodule("model.multi_modal_projector"), model.get_submodule("model")
     like = next(projector.parameters())
+    config: Any = model.config
+    width = config.vision_config.hidden_size
     cues = VisualCues(levels, heads, points, width, like)
     llava.add_module(PATH.rsplit(".", 1)[-1], cues)
     seeing = llava.get_submodule("vision_tower")
