@@ -11,6 +11,7 @@ from orchestrator.commands import (
     compare,
     export,
     methods,
+    metrics,
     plan,
     report,
     reproduce,
@@ -61,7 +62,8 @@ def options(
 
 
 for _module in (
-    check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, export, methods, version,
+    check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, export, methods,
+    metrics, version,
 ):  # fmt: skip
     app.command()(getattr(_module, _module.__name__.rsplit(".", 1)[-1]))
 

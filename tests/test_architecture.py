@@ -42,6 +42,7 @@ LAYERS = (
 )
 LIGHT = (
     "workloads.config", "workloads.record", "workloads.evaluation.conflict", "workloads.evaluation.statistics",
+    "workloads.evaluation.continual", "workloads.evaluation.matrix_file", "orchestrator.commands.metrics",
     "orchestrator.study", "dashboards.load", "dashboards.tables", "dashboards.page",
 )  # fmt: skip
 
