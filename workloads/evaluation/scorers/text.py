@@ -1,6 +1,4 @@
-"""Scorers: a raw answer and the gold answer to a score in [0, 1]."""
-
-SCORER_VERSION = "exact-1"
+"""Exact match: a raw answer and the gold answer to a score in [0, 1]; the usual answer to each question."""
 
 
 def normalise(text: str) -> str:
