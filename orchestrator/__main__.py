@@ -16,6 +16,7 @@ from orchestrator.commands import (
     report,
     reproduce,
     run,
+    score,
     status,
     stop,
     submit,
@@ -63,7 +64,7 @@ def options(
 
 for _module in (
     check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, export, methods,
-    metrics, version,
+    metrics, score, version,
 ):  # fmt: skip
     app.command()(getattr(_module, _module.__name__.rsplit(".", 1)[-1]))
 

@@ -43,7 +43,8 @@ LAYERS = (
 LIGHT = (
     "workloads.config", "workloads.record", "workloads.evaluation.conflict", "workloads.evaluation.statistics",
     "workloads.evaluation.continual", "workloads.evaluation.matrix_file", "orchestrator.commands.metrics",
-    "orchestrator.study", "dashboards.load", "dashboards.tables", "dashboards.page",
+    "workloads.evaluation.predictions", "workloads.evaluation.scorers", "orchestrator.study", "dashboards.load",
+    "dashboards.tables", "dashboards.page",
 )  # fmt: skip
 
 
