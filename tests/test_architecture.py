@@ -35,13 +35,14 @@ HOMES = {
 }
 # Layers inside workloads, lowest first; a file imports its own layer or lower ones.
 LAYERS = (
-    ("__version__", "errors", "config", "record", "routing", "environment"),
+    ("__version__", "errors", "schema", "config", "record", "routing", "environment"),
     ("adapters", "llava", "data", "identity", "assets"),
     ("training", "evaluation"),
     ("results", "run", "bench", "export"),
 )
 LIGHT = (
-    "workloads.config", "workloads.record", "workloads.evaluation.conflict", "workloads.evaluation.statistics",
+    "workloads.config", "workloads.schema", "workloads.record", "workloads.evaluation.conflict",
+    "workloads.evaluation.statistics",
     "workloads.evaluation.continual", "workloads.evaluation.matrix_file", "orchestrator.commands.metrics",
     "workloads.evaluation.predictions", "workloads.evaluation.scorers", "orchestrator.study", "dashboards.load",
     "dashboards.tables", "dashboards.page",

@@ -1,156 +1,47 @@
-"""RunConfig: everything that defines one run, as frozen dataclasses checked strictly by OmegaConf.
-
-Identity is kept apart from execution: `execution` says where and how a run is computed and never enters
-its fingerprint (`workloads.identity`); all other fields do.
-"""
+"""RunConfig: everything that defines one run, built from plain values and checked strictly by OmegaConf."""
 
 import dataclasses
 import importlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from workloads.errors import UserError, require, require_known
+from workloads.schema import (
+    SCHEMA_VERSION,
+    AdapterConfig,
+    DataConfig,
+    EvalConfig,
+    ExecutionConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
 
-SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The base LLaVA that the adapter is put on."""
-
-    name_or_path: str = "pocket"
-    # LLaVA trains the projector in full beside the adapter.
-    train_projector: bool = True
-    # Visual Cue Enhancement between tower and projector; the first level is the one that the projector reads.
-    vce: bool = False
-    vce_levels: list[int] = field(default_factory=lambda: [-1, -2, -3, -4])
-    vce_heads: int = 16
-    vce_points: int = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which samples a run trains on, in which shares."""
-
-    source: str = "pocket"
-    # Domain -> weight; a domain of weight w contributes round(w * samples) samples.
-    mixture: dict[str, float] = field(default_factory=dict)
-    # Samples of a domain of weight 1.
-    samples: int = 2000
-    # How a weight above 1 is filled: with fresh samples, or by repeating the first `samples` ones.
-    upsample: Literal["fresh", "repeat"] = "fresh"
-    # Replace every image by mid-grey: the blind baseline.
-    blind: bool = False
-    # Longest sequence in tokens, image tokens included; a longer sample is rejected.
-    max_length: int = 128
-    # Share of bad records at which a run stops.
-    max_rejected: float = 0.001
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, one pass over the stream."""
-
-    lr: float = 2e-3
-    # Learning rate of the projector as a multiple of `lr`; a tenth, as in LLaVA-1.5's LoRA recipe.
-    projector_lr_ratio: float = 0.1
-    # Samples of one optimizer step, over all workers and accumulation steps.
-    global_batch: int = 16
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    # Largest global gradient norm; 0 means no clipping.
-    clip: float = 1.0
-    dtype: Literal["fp32", "bf16"] = "fp32"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """What is answered and scored after training."""
-
-    split: Literal["val", "test"] = "test"
-    # Domains to score; an empty list means all of the source.
-    domains: list[str] = field(default_factory=list)
-    # Items of each domain.
-    samples: int = 600
-    max_new_tokens: int = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExecutionConfig:
-    """Where and how a run is computed; nothing here changes its numbers beyond rounding."""
-
-    workers: int = 1
-    # Samples of one forward pass on one worker.
-    micro_batch: int = 16
-    zero_stage: int = 0
-    gradient_checkpointing: bool = False
-    # Optimizer steps between two resumable checkpoints; 0 writes none.
-    checkpoint_every: int = 0
-    # Optimizer steps between two reports.
-    report_every: int = 25
-    eval_batch: int = 100
-    threads: int = 1
-    # Compute the frozen tower's output on an image once, and keep it on disk for all runs.
-    feature_cache: bool = False
-    gpus_per_worker: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
-    """What every method's `Config` has; the methods' own fields are in workloads/adapters/NAME.py."""
-
-    name: str
-
-    def layout_matters(self) -> bool:
-        """Whether numbers depend on workers and micro-batches, which then enter the fingerprint."""
-        return False
-
-    def training_only(self) -> set[str]:
-        """Fields that steer training and leave what given weights compute as it is."""
-        return set()
-
-    def files(self) -> list[Path]:
-        """The files that the method starts from; their contents decide numbers, their places do not."""
-        return []
-
-    def without_files(self) -> "AdapterConfig":
-        """The same method with nothing to read: what it would read is restored afterwards, or not wanted."""
-        return self
-
-    def identity(self) -> dict[str, str]:
-        """Field -> hash of what its path leads to, beyond `files`; enters the fingerprint in place of the path."""
-        return {}
-
-    def check(self) -> None:
-        """Raise `UserError` on values out of range."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run. `from_tree` builds it from plain values, `to_tree` is its inverse."""
-
-    schema_version: int = SCHEMA_VERSION
-    # A label for people; not part of the identity.
-    name: str = "run"
-    seed: int = 0
-    # Fingerprint of a finished run whose adapter this one starts from; empty means a fresh adapter.
-    init_from: str = ""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    adapter: AdapterConfig
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+__all__ = [
+    "SCHEMA_VERSION",
+    "AdapterConfig",
+    "DataConfig",
+    "EvalConfig",
+    "ExecutionConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RunConfig",
+    "apply_overrides",
+    "check",
+    "from_tree",
+    "load",
+    "methods",
+    "plain",
+    "read_yaml",
+    "to_tree",
+]
 
 
 def methods() -> list[str]:
