@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dashboards.methods import COLUMNS
 from dashboards.results import FINISHED, StudyResults, TrialState, item_scores, read_roles, seeds_of
 from dashboards.runs import Questions, Run, read_run
 from workloads.errors import UserError, nearest
@@ -36,6 +37,8 @@ class CompareRow:
     fingerprint: str
     run_id: str
     status: str
+    # What the method needs and can do, one cell for each of `methods.COLUMNS`; empty until the run has finished.
+    words: tuple[str, ...] = ()
     # Last value of each metric; scores in [0, 1].
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -170,5 +173,6 @@ def _compare_row(run: "MlflowRun") -> CompareRow:
         fingerprint=tags.get("fingerprint", ""),
         run_id=run.info.run_id,
         status=str(run.info.status).lower(),
+        words=tuple(tags[name] for name in COLUMNS) if COLUMNS[0] in tags else (),
         metrics=dict(run.data.metrics),
     )

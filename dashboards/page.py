@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dashboards import details, figures, rows, views
+from dashboards import details, figures, methods, rows, views
 from dashboards.load import study_results
 from dashboards.results import FINISHED, StudyResults
 from workloads.evaluation.conflict import SOLO, find
@@ -100,6 +100,8 @@ def _context(results: StudyResults) -> dict[str, Any]:
         "curves": details.curve_panels(results),
         "legend": views.legend(results),
         "costs": details.cost_rows(results),
+        "methods": methods.method_rows(results),
+        "method_columns": methods.COLUMNS,
         "run_seconds": details.run_seconds(results),
         "num_rejected": details.rejected(results.records.values()),
         "sources": sorted({str(run.config["data"]["source"]) for run in results.records.values()}),

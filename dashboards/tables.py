@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.load import CompareRow
+from dashboards.methods import COLUMNS, method_rows
 from dashboards.results import FINISHED, StudyResults
 from dashboards.rows import (
     MEAN,
@@ -31,6 +32,7 @@ def summary(results: StudyResults) -> RenderableType:
     parts: list[RenderableType] = [Text(_headline(results), style="bold"), Text(results.hypothesis)]
     if results.scores:
         parts.append(_scores_table(rows))
+        parts.append(_methods_table(results))
     if rows.contrasts:
         parts += [_differences_table(rows), _types_table(rows)]
     parts += [Text(claim_line(claim), style="bold" if claim.is_headline else "") for claim in rows.claims]
@@ -44,7 +46,7 @@ def comparison(rows: Sequence[CompareRow]) -> RenderableType:
     domains = list(dict.fromkeys(name for name in names if "/" not in name))
     columns = ["score", *(f"score/{domain}" for domain in domains)]
     table = _table("Scores in points, ± 95 % t-interval over seeds (items fixed)")
-    for name in ("study", "arm", "method"):
+    for name in ("study", "arm", "method", *COLUMNS):
         table.add_column(name)
     for name in ("seeds", "mean", *domains):
         table.add_column(Text(name), justify="right")
@@ -53,7 +55,8 @@ def comparison(rows: Sequence[CompareRow]) -> RenderableType:
         values = {c: np.array([row.metrics[c] for row in mine if c in row.metrics]) for c in columns}
         cells = [with_spread(over_seeds(values[c])) if len(values[c]) else "–" for c in columns]
         num_seeds = f"{len(values['score'])}/{len(mine)}"
-        table.add_row(*(Text(cell) for cell in (study, arm, method, num_seeds, *cells)))
+        words = next((row.words for row in mine if row.words), ("–",) * len(COLUMNS))
+        table.add_row(*(Text(cell) for cell in (study, arm, method, *words, num_seeds, *cells)))
     return table
 
 
@@ -96,6 +99,18 @@ def _scores_table(rows: Summary) -> Table:
         by_domain = [rows.solo.by_domain.get(domain) for domain in domains]
         cells = [with_spread(cell) if cell else "–" for cell in (*by_domain, rows.solo.mean)]
         table.add_row(*(Text(cell) for cell in ("solo, each on its own", "", "", "", "", *cells)))
+    return table
+
+
+def _methods_table(results: StudyResults) -> Table:
+    table = _table("Methods: what they need and can do, and the plain LoRA with about as many weights")
+    for name in ("arm", "method", *COLUMNS):
+        table.add_column(name)
+    for name in ("as rank, in all", "as rank, by token"):
+        table.add_column(name, justify="right")
+    for row in method_rows(results):
+        ranks = (str(row.iso_total or "–"), str(row.iso_active or "–"))
+        table.add_row(*(Text(cell) for cell in (row.arm, row.method, *row.words, *ranks)))
     return table
 
 

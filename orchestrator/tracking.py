@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from dashboards.methods import COLUMNS, words
 from orchestrator.store import STUDY, Store
 from orchestrator.trials import flat_params
 from workloads.errors import UserError
@@ -144,6 +145,7 @@ class Tracker:
             self._save()
         self._log_metrics(client, state, events)
         if row["status"] == "finished":
+            _log_methods(client, state["run"], folder)
             _log_artifacts(client, state["run"], folder)
         if row["status"] != "running":
             end = row["ended"] or (events[-1]["time"] if events else 0)
@@ -230,6 +232,14 @@ def _log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> 
     rows = [Param(key, value) for key, value in params.items()]
     for start in range(0, len(rows), _MAX_PARAMS):
         client.log_batch(run, params=rows[start : start + _MAX_PARAMS])
+
+
+def _log_methods(client: "MlflowClient", run: str, folder: Path) -> None:
+    """What the run's method needs and can do, as tags that `compare` reads."""
+    from mlflow.entities import RunTag
+
+    cells = words(json.loads((folder / RECORD).read_text(encoding="utf-8"))["capabilities"])
+    client.log_batch(run, tags=[RunTag(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)])
 
 
 def _log_artifacts(client: "MlflowClient", run: str, folder: Path) -> None:

@@ -60,6 +60,43 @@ def test_the_merged_form_is_a_whole_checkpoint_with_equal_logits(run, expected, 
     )
 
 
+def test_every_task_of_a_task_method_has_a_lora_of_its_own(tmp_path):
+    tasks = ["general", "document", "biomedical"]
+    do(small("mtl_lora", adapter_fields={"tasks": tasks}, optim={"lr": 0.01}), tmp_path / "run")
+    llava = build(ModelConfig(), "fp32")
+    _, trace = adapters.load(llava.model, tmp_path / "run" / record.ADAPTER)
+    found = []
+    for task in tasks:
+        trace.begin(["what is this ?"], [task])
+        found.append(logits(llava.model))
+        for form in ("peft", "merged"):
+            export(tmp_path / "run", tmp_path / f"{form}-{task}", form, task)
+        peft = PeftModel.from_pretrained(build(ModelConfig(), "fp32").model, str(tmp_path / f"peft-{task}"))
+        merged = build(ModelConfig(name_or_path=str(tmp_path / f"merged-{task}")), "fp32").model
+        for other in (peft, merged):
+            torch.testing.assert_close(logits(other), found[-1], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(found[0], found[1])
+    for form in ("peft", "merged"):
+        with pytest.raises(UserError, match="general, document, biomedical"):
+            export(tmp_path / "run", tmp_path / "out", form, "generel")
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_run_with_visual_cues_has_its_own_form_alone(tmp_path):
+    model = {"vce": True, "vce_heads": 4}
+    do(small("lora", model=model, optim={"lr": 0.01}), tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "own", "adapter")
+    llavas = [build(ModelConfig(), "fp32") for _ in range(2)]
+    for llava, folder in zip(llavas, (tmp_path / "run" / record.ADAPTER, tmp_path / "own"), strict=True):
+        adapters.load(llava.model, folder)
+    first, second = (logits(llava.model) for llava in llavas)
+    assert torch.equal(first, second)
+    for form in ("peft", "merged"):
+        with pytest.raises(UserError, match="VCE"):
+            export(tmp_path / "run", tmp_path / "out", form)
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_that_holds_something_is_refused_and_left_as_it_is(run, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something already"):

@@ -55,6 +55,9 @@ class Cost:
     trainable: int
     adapter_weights: int
     adapter_active: int
+    # Ranks of the plain LoRAs with about as many weights as the adapter in all, and as one token meets; 0 is unknown.
+    iso_total: int = 0
+    iso_active: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

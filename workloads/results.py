@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlavaConfig
 
 from workloads import adapters, environment, identity, record
 from workloads.adapters.base import Attached
+from workloads.adapters.parts import iso
 from workloads.config import RunConfig, to_tree
 from workloads.data import pool, sources
 from workloads.data.mixture import Slot
@@ -81,11 +83,12 @@ def trained(outcome: Trained, pools: Mapping[str, Pool], stream: Sequence[Slot])
 def cost(
     outcome: Trained,
     attached: Attached,
+    shape: LlavaConfig,
     num_trained: int,
     eval_seconds: float,
     seconds: float,
 ) -> Cost:
-    """What the run took."""
+    """What the run took; `shape` is that of the base model."""
     return Cost(
         seconds=seconds,
         train_seconds=outcome.seconds,
@@ -96,6 +99,8 @@ def cost(
         trainable=num_trained,
         adapter_weights=attached.num_weights,
         adapter_active=attached.num_active,
+        iso_total=iso.rank_of(shape, attached.num_weights),
+        iso_active=iso.rank_of(shape, attached.num_active),
     )
 
 

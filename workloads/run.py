@@ -83,7 +83,9 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         eval_hash=pool.content_hash(eval_pools, [Slot(domain=d, index=i) for d in items for i in items[d]]),
         scores=scores,
         routing=answered.routing,
-        cost=results.cost(trained, attached, num_trained, eval_seconds, time.monotonic() - began),
+        cost=results.cost(
+            trained, attached, llava.model.config, num_trained, eval_seconds, time.monotonic() - began
+        ),
     )
     results.write(config, folder, result, weights, attached, answered.predictions)
     report({"event": "finished", "step": trained.num_steps, "seconds": result.cost.seconds}, folder)
@@ -170,7 +172,7 @@ def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> At
         settings = vce.attach(llava.model, model.vce_levels, model.vce_heads, model.vce_points)
         attached = replace(attached, exported={**attached.exported, "vce": settings})
     if config.execution.gradient_checkpointing:
-        llava.model.gradient_checkpointing_enable({"use_reentrant": False})
+        llava.model.activation_checkpointing_enable({"use_reentrant": False})
     if path := checkpoint.latest(folder / record.CHECKPOINT):
         checkpoint.load_adapter(path, llava.model, attached)
     elif config.init_from:

@@ -2,16 +2,14 @@
 
 import ast
 import importlib
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
+from dashboards.methods import COLUMNS, words
 from orchestrator.terminal import console, say
-
-_COLUMNS = ("method", "version", "routes by", "router hears task loss", "task id", "stateful", "mergeable")
-_TASK_ID = {(True, True): "always", (True, False): "in training", (False, True): "at inference"}
 
 
 def methods() -> None:
@@ -20,8 +18,8 @@ def methods() -> None:
     from workloads.config import methods as names
 
     out, lines, missing = console(), [], []
-    table = Table(*_COLUMNS)
-    for column in ("weights on pocket", "met by a token"):
+    table = Table("method", "version", *COLUMNS)
+    for column in ("weights on pocket", "as LoRA rank", "met by a token", "as LoRA rank"):
         table.add_column(column, justify="right")
     for name in names():
         path = Path(workloads.__path__[0]) / "adapters" / f"{name}.py"
@@ -46,19 +44,10 @@ def _described(name: str) -> tuple[list[str], str]:
         found = iso.on_pocket(name, ARMS.get(name, {}))
     except UserError as error:
         return [version], str(error)
-    can: Any = found.capabilities
-    cells = [
-        version,
-        can.routing,
-        "" if can.routing == "none" else _word(can.router_hears_task_loss),
-        _TASK_ID.get((can.needs_task_id_train, can.needs_task_id_infer), "no"),
-        _word(can.stateful),
-        _word(can.mergeable),
-        f"{found.num_weights:,}",
-        f"{found.num_active:,}",
+    shape = iso.shape_of("pocket")
+    counts = [
+        cell
+        for num_weights in (found.num_weights, found.num_active)
+        for cell in (f"{num_weights:,}", str(iso.rank_of(shape, num_weights)))
     ]
-    return cells, ""
-
-
-def _word(yes: bool) -> str:
-    return "yes" if yes else "no"
+    return [version, *words(asdict(found.capabilities)), *counts], ""

@@ -412,7 +412,7 @@ def test_recomputation_under_checkpointing_notes_nothing_twice_and_changes_no_gr
         model.branch_memory.on_task_start("name")
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         logits = model(**batch, use_cache=False).logits
         (logits.square().mean() + described.losses(trace)["align_loss"]).backward()
         trace.clear()

@@ -186,7 +186,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(config, tiny_
         model.model.multi_modal_projector.requires_grad_(True)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         loss = loss_of(model, trace, described, batch)
         loss.backward()
         trace.clear()

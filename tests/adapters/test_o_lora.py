@@ -119,7 +119,7 @@ def test_the_penalty_of_the_model_is_the_sum_over_its_linears(tiny_llava, batch)
     o_lora.on_task_start(model, config, "biomedical")
     for checkpointing in (False, True):
         if checkpointing:
-            model.train().gradient_checkpointing_enable({"use_reentrant": False})
+            model.train().activation_checkpointing_enable({"use_reentrant": False})
         loss = model(**batch, use_cache=False).logits.square().mean()
         ours = attached.losses(Trace())["orthogonality_loss"]
         linears = [m for m in model.modules() if isinstance(m, o_lora.SlotLinear)]

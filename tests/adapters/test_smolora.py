@@ -358,7 +358,7 @@ def test_gradient_checkpointing_changes_no_gradient(mode, tiny_llava, batch, tmp
         model, _, _ = attached(tiny_llava, tmp_path / str(checkpointing), router_grad=mode)
         model.train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         model(**batch, use_cache=False).logits.square().mean().backward()
         results.append({name: w.grad for name, w in model.named_parameters() if w.requires_grad})
     for name, gradient in results[0].items():

@@ -142,7 +142,7 @@ def test_bias_moves_towards_balance_once_a_step_whether_or_not_blocks_are_recomp
     model.train()
     seen = inputs_of(model)
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     before = biases(model)
     first_seen = []
     for micro in (slice(0, 1), slice(1, 2)):

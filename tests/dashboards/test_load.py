@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dashboards.load import compare, study_results
+from dashboards.methods import COLUMNS
 from workloads.errors import UserError
 
 ARMS = {"lora_mix": (0.6, 0.5, 0.8), "mole_hard": (0.7, 0.6, 0.8)}
@@ -189,6 +190,9 @@ def mlflow_root(tmp_path_factory):
             for step, score in ((10, 0.1), (20, 0.5 + seed / 10)):
                 client.log_metric(run.info.run_id, "score", score, step=step)
                 client.log_metric(run.info.run_id, "score/general", score, step=step)
+            for name, word in zip(COLUMNS, ("none", "–", "always", "no", "yes"), strict=True):
+                if seed == 0:
+                    client.set_tag(run.info.run_id, name, word)
             client.set_terminated(run.info.run_id)
     return root
 
@@ -198,6 +202,8 @@ def test_compare_reads_a_study_by_name_with_the_last_scores(mlflow_root):
     labels = {(row.study, row.arm, row.method, row.status) for row in rows}
     assert labels == {("first", "lora_mix", "lora", "finished")}
     assert {row.seed: row.metrics["score"] for row in rows} == pytest.approx({0: 0.5, 1: 0.6, 2: 0.7})
+    told = ("none", "–", "always", "no", "yes")
+    assert {row.seed: row.words for row in rows} == {0: told, 1: (), 2: ()}
 
 
 def test_compare_finds_runs_by_fingerprint_and_by_run_id_once(mlflow_root):

@@ -58,6 +58,15 @@ def test_the_table_shows_each_arms_score_and_weights(study):
     assert "8/8" in line
 
 
+def test_the_table_shows_what_each_method_needs_and_can_do(study):
+    results = study_results(study, study.parent)
+    lines = text_of(summary(results)).split("Methods: ")[1].splitlines()
+    row = {line.split()[0]: line.split() for line in lines if line.strip()}
+    assert row["lora_mix"] == ["lora_mix", "lora", "none", "–", "no", "no", "yes", "–", "–"]
+    assert row["mole_hard"][2:7] == ["token", "no", "no", "no", "no"]
+    assert row["mole_scaled"][2:7] == ["token", "yes", "no", "no", "no"]
+
+
 def test_differences_in_the_table_are_differences_of_the_records(study):
     results = study_results(study, study.parent)
 
@@ -169,7 +178,9 @@ def test_comparison_shows_the_mean_over_seeds_with_a_t_interval():
         for seed, score in enumerate((0.5, 0.6, 0.7))
     ]  # fmt: skip
     rows.append(dataclasses.replace(rows[0], seed=3, run_id="3", status="running", metrics={}))
+    rows[1] = dataclasses.replace(rows[1], words=("token", "yes", "in training", "no", "yes"))
     text = text_of(comparison(rows))
+    assert "token yes in training no yes 3/4" in " ".join(text.split())
     half = 4.302652729911275 * np.std([50, 60, 70], ddof=1) / math.sqrt(3)
     assert f"60.0 ± {half:.1f}" in text
     assert "3/4" in text

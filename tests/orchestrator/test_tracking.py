@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ import pytest
 from orchestrator.store import Store
 from orchestrator.tracking import SYNC, Tracker, make_client, numbers, probe, tracking_uri
 from orchestrator.uploader import Uploader
+from workloads.adapters.base import Capabilities
 from workloads.errors import UserError
 from workloads.record import append_event, write_json
 
 STEPS = 30
+TOLD = Capabilities(needs_task_id_train=True, needs_task_id_infer=True, routing="task")
 
 
 class Study:
@@ -54,8 +57,8 @@ class Study:
         append_event(
             folder, {"event": "eval", "time": 2000.0, "step": STEPS, "score": 0.5, "score/general": 0.5}
         )
-        for name in ("record.json", "predictions.jsonl"):
-            (folder / name).write_text("{}")
+        (folder / "record.json").write_text(json.dumps({"capabilities": asdict(TOLD)}))
+        (folder / "predictions.jsonl").write_text("{}")
         (folder / "adapter").mkdir()
         (folder / "adapter" / "adapter_config.json").write_text("{}")
         self.state(key, "finished")
@@ -81,6 +84,7 @@ def _everything_once(uri: str, keys: tuple[str, ...]) -> None:
         assert run.info.status == "FINISHED"
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert (run.data.tags["arm"], run.data.tags["method"]) == (f"arm_{key}", "lora")
+        assert (run.data.tags["routes by"], run.data.tags["task id"]) == ("task", "always")
         assert run.data.params == {"adapter.name": "lora", "adapter.rank": "2", "seed": "0", "init_from": ""}
         for name, factor in (("loss", 1), ("loss/general", 2)):
             history = client.get_metric_history(run.info.run_id, name)

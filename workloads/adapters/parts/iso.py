@@ -46,15 +46,16 @@ def on_pocket(name: str, settings: Mapping[str, Any]) -> Attached:
 
 def iso_total(shape: LlavaConfig, config: AdapterConfig) -> int:
     """Rank, 1 or more, of the plain LoRA on all linears whose weights come nearest to all that the method trains."""
-    return _rank(shape, measured(shape, config).num_weights)
+    return rank_of(shape, measured(shape, config).num_weights)
 
 
 def iso_active(shape: LlavaConfig, config: AdapterConfig) -> int:
     """Rank, 1 or more, of the plain LoRA on all linears whose weights come nearest to those that a token meets."""
-    return _rank(shape, measured(shape, config).num_active)
+    return rank_of(shape, measured(shape, config).num_active)
 
 
-def _rank(shape: LlavaConfig, num_weights: int) -> int:
+def rank_of(shape: LlavaConfig, num_weights: int) -> int:
+    """Rank, 1 or more, of the plain LoRA on all linears whose number of weights is nearest to `num_weights`."""
     return max(1, round(num_weights / _per_rank(shape)))
 
 
