@@ -72,7 +72,7 @@ class RunRecord:
     config: dict[str, Any]
     # Hashes and versions that entered the fingerprint: model, data, method, scorer, image processor.
     identity: dict[str, str]
-    # Versions of packages, python, git commit, platform.
+    # Versions of packages, python, git commit, platform; how the adapter computes, where it has several ways.
     environment: dict[str, str]
     # Capabilities that the method declares.
     capabilities: dict[str, Any]

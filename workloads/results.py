@@ -56,13 +56,14 @@ def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, floa
 
 def described(config: RunConfig, attached: Attached, environment_: dict[str, str]) -> dict[str, Any]:
     """The fields of a record that say what was run, on what."""
+    backend = attached.backend()
     return {
         "fingerprint": identity.fingerprint(config),
         "name": config.name,
         "seed": config.seed,
         "config": to_tree(config),
         "identity": identity.identity(config),
-        "environment": environment_,
+        "environment": {**environment_, **({"adapter_backend": backend} if backend else {})},
         "capabilities": asdict(attached.capabilities),
     }
 

@@ -2,10 +2,11 @@
 
 import pytest
 
-from tests.adapters.minimal import make_config
+from tests.adapters.minimal import make_config, sorting_pays
 
 
 @pytest.fixture
 def config(case, tiny_llava, tmp_path):
     """The method's smallest configuration."""
-    return make_config(case, tmp_path / "files", tiny_llava)
+    with sorting_pays():
+        yield make_config(case, tmp_path / "files", tiny_llava)

@@ -7,6 +7,7 @@ most needs `tasks`, stands nowhere here.
 import dataclasses
 import importlib
 import json
+from unittest.mock import patch
 
 import torch
 
@@ -14,6 +15,7 @@ from tests.llava.sentences import write_encoder
 from workloads import adapters
 from workloads.adapters import icm_lora, lora
 from workloads.adapters.base import Trace
+from workloads.adapters.parts import experts
 from workloads.config import methods
 
 TASKS = ("general", "document")
@@ -29,6 +31,8 @@ SMALL = {
 VARIANTS = {
     "branch_lora-task_routers": {"task_routers": True},
     "moa-frozen": {"rank_per_expert": 2, "train_loras": False},
+    # Large enough to be computed with sorted tokens, if it had enough of them: `sorting_pays`.
+    "mole-sorted": {"rank_per_expert": 12},
 }
 # What needs files: "method" or "method-variant" -> settings made in a folder for a model.
 FILES = {
@@ -64,6 +68,11 @@ def make_config(case, folder, make_model):
     config = kind(**settings)
     config.check()
     return config
+
+
+def sorting_pays():
+    """Inside, a few tokens are enough to be sorted by expert."""
+    return patch.object(experts, "enough", return_value=True)
 
 
 def encoder(folder):

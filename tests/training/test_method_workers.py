@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.adapters.minimal import TASKS, cases, make_config
+from tests.adapters.minimal import TASKS, cases, make_config, sorting_pays
 from tests.training.runs import two_processes
 from workloads import adapters
 from workloads.adapters.base import Trace
@@ -92,7 +92,7 @@ def work(folder: Path, stage: int):
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         config = config_of(folder, json.loads((folder / f"{case}.json").read_text()), stage)
         began = time.monotonic()
-        with engine.contained():
+        with engine.contained(), sorting_pays():
             found[case] = trained(config, pools)
         found[case]["seconds"] = time.monotonic() - began
         faulthandler.cancel_dump_traceback_later()

@@ -73,6 +73,7 @@ def test_the_folder_holds_everything_and_the_record_what_was_reported(finished):
         p.name for p in (folder / record.ADAPTER).iterdir()
     }
     assert not (folder / record.CHECKPOINT).exists()
+    assert result.environment["adapter_backend"] == "dense_mask"
     for layers in result.routing.values():
         assert len(layers) == 4
         assert all(abs(sum(layer) - 1) < 1e-12 for layer in layers)

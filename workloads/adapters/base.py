@@ -114,6 +114,8 @@ class Attached:
     # The method as one plain LoRA per linear for a task (None where no task matters): path of the linear to
     # (A (R, I), B (O, R), scale). A text says why there is none; merging and PEFT export stand on it.
     as_lora: Callable[[str | None], Mapping[str, tuple[Tensor, Tensor, float]]] | str = "no plain form"
+    # How the update is computed where there are several ways; empty where there is one.
+    backend: Callable[[], str] = lambda: ""
     # Fields of adapter_config.json beyond the method's own configuration.
     exported: Mapping[str, Any] = field(default_factory=dict)
 

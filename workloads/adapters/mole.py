@@ -5,9 +5,10 @@ Routing: once per MLP block from the block's input, shared by gate, up and down;
          Attention linears carry plain LoRA of the same rank.
 Differs: `router_grad` chooses whether the task loss reaches the router (`hard`: it does not, as released).
          All experts' factors are stacked into one matrix and the rows of experts that a token does not visit
-         are multiplied by 0, so shapes are static and every expert is in the graph on every rank.
+         are multiplied by 0, or, from a certain size on, the block runs with its tokens sorted by expert
+         (`parts.experts` chooses); so every expert is in the graph on every rank.
 
-Shape letters: B batch, T tokens, D width, F hidden width, E experts, R rank, I inputs, O outputs.
+Shape letters: B batch, T tokens, N = B * T, D width, F hidden width, E experts, R rank, I inputs, O outputs.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,7 @@ from workloads.adapters.base import (
     freeze,
     kaiming_A,
 )
+from workloads.adapters.parts import experts
 from workloads.adapters.parts.placing import check_lora, put_lora
 from workloads.config import AdapterConfig
 from workloads.errors import require
@@ -77,21 +79,23 @@ class LoRAExperts(nn.Module):
 
     def __init__(self, base: nn.Linear, config: Config) -> None:
         super().__init__()
-        experts, rank = config.num_experts, config.rank_per_expert
+        num_experts, rank = config.num_experts, config.rank_per_expert
         self.base_layer = base
         self.scale = config.alpha / rank
         self.dropout = config.dropout
         self.one_path = config.router_grad in ("hard", "scaled")
-        self.experts_A = kaiming_A(experts, rank, base.in_features, like=base.weight)
+        self.experts_A = kaiming_A(num_experts, rank, base.in_features, like=base.weight)
         zeros_ERO = torch.zeros(
-            experts, rank, base.out_features, dtype=base.weight.dtype, device=base.weight.device
+            num_experts, rank, base.out_features, dtype=base.weight.dtype, device=base.weight.device
         )
         self.experts_B = nn.Parameter(zeros_ERO)
 
-    def forward(self, x_BTI: Tensor, gates_BTE: Tensor) -> Tensor:
-        experts, rank, _ = self.experts_A.shape
-        inner_BTER = self._inner(x_BTI).unflatten(-1, (experts, rank))
-        weighted_BTER = inner_BTER * (gates_BTE.to(x_BTI.dtype) * self.scale).unsqueeze(-1)
+    def forward(self, x_BTI: Tensor, gates: Tensor | experts.Visits) -> Tensor:
+        """Outputs (B, T, O) for gates (B, T, E); (N, O) for inputs (N, I) sorted by whom they visit."""
+        if isinstance(gates, experts.Visits):
+            return gates.add(self.base_layer(x_BTI), x_BTI, self.experts_A, self.experts_B, self.scale)
+        inner_BTER = self._inner(x_BTI).unflatten(-1, self.experts_A.shape[:2])
+        weighted_BTER = inner_BTER * (gates.to(x_BTI.dtype) * self.scale).unsqueeze(-1)
         return self.base_layer(x_BTI) + weighted_BTER.flatten(-2) @ self.experts_B.flatten(0, 1)
 
     def _inner(self, x_BTI: Tensor) -> Tensor:
@@ -121,16 +125,33 @@ class MoLEBlock(nn.Module):
         )
         # New modules are in training mode; the model may not be.
         self.train(mlp.training)
-        self.router_grad: routing.RouterGrad = config.router_grad
+        self.config = config
         self.trace = trace
         self.layer = layer
+
+    def backend(self) -> experts.Backend:
+        """How a batch of training is computed where the weights are now."""
+        # With dropout the masks follow the order of tokens, and all experts are needed where all are visited.
+        if self.config.router_grad not in ("hard", "scaled") or self.config.dropout:
+            return "dense_mask"
+        weight = self.router.weight
+        return experts.choose(
+            weight.device, weight.dtype, self.config.num_experts, self.config.rank_per_expert
+        )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         probs_BTE, choice_BT = routing.top1(self.router(x_BTD))
         self.trace.routes.append(Route(layer=self.layer, probs_BTE=probs_BTE, choice_BT=choice_BT))
-        gates_BTE = routing.gates(probs_BTE, choice_BT, self.router_grad)
-        hidden_BTF = self.act_fn(self.gate_proj(x_BTD, gates_BTE)) * self.up_proj(x_BTD, gates_BTE)
-        return self.down_proj(hidden_BTF, gates_BTE)
+        gates_BTE = routing.gates(probs_BTE, choice_BT, self.config.router_grad)
+        backend = self.backend()
+        if backend == "dense_mask" or not experts.enough(choice_BT.numel(), self.config.num_experts):
+            return self._mlp(x_BTD, gates_BTE)
+        weighted, sliced = self.config.router_grad == "scaled", backend == "sorted_slices"
+        visits = experts.visits(choice_BT, gates_BTE, weighted, sliced, x_BTD.dtype)
+        return visits.restore(self._mlp(visits.sort(x_BTD), visits), x_BTD)
+
+    def _mlp(self, x: Tensor, gates: Tensor | experts.Visits) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x, gates)) * self.up_proj(x, gates), gates)
 
 
 def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
@@ -138,11 +159,11 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     freeze(model)
     put_lora(model, ATTENTION, config.rank_per_expert, config.alpha, config.dropout)
     num_attention = count(model.parameters())
-    num_routers = 0
+    placed: list[MoLEBlock] = []
     for layer, block in decoder_blocks(model):
-        mlp: Any = MoLEBlock(block.get_submodule("mlp"), config, trace, layer)
-        block.mlp = mlp
-        num_routers += count(mlp.router.parameters())
+        placed.append(MoLEBlock(block.get_submodule("mlp"), config, trace, layer))
+        block.mlp = placed[-1]
+    num_routers = sum(count(mlp.router.parameters()) for mlp in placed)
     num_weights = count(model.parameters())
     num_experts_weights = num_weights - num_attention - num_routers
     visited = config.num_experts if config.router_grad == "dense" else 1
@@ -151,6 +172,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         num_weights=num_weights,
         num_active=num_attention + num_routers + num_experts_weights * visited // config.num_experts,
         losses=lambda trace: _losses(trace, config),
+        backend=placed[0].backend,
         as_lora="mole chooses its experts anew for every token",
     )
 
