@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from orchestrator.commands import (
+    bench,
     check,
     compare,
     export,
@@ -64,7 +65,7 @@ def options(
 
 for _module in (
     check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, export, methods,
-    metrics, score, version,
+    metrics, score, bench, version,
 ):  # fmt: skip
     app.command()(getattr(_module, _module.__name__.rsplit(".", 1)[-1]))
 

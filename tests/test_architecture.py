@@ -32,20 +32,21 @@ HOMES = {
     "torch": ("workloads",),
     "transformers": ("workloads",),
     "deepspeed": ("workloads.training.engine",),
+    "peft": ("workloads.benchmarks.peers",),
 }
 # Layers inside workloads, lowest first; a file imports its own layer or lower ones.
 LAYERS = (
     ("__version__", "errors", "schema", "config", "record", "routing", "environment"),
     ("adapters", "llava", "data", "identity", "assets"),
     ("training", "evaluation"),
-    ("results", "run", "bench", "export"),
+    ("results", "run", "benchmarks", "export"),
 )
 LIGHT = (
     "workloads.config", "workloads.schema", "workloads.record", "workloads.evaluation.conflict",
     "workloads.evaluation.statistics",
     "workloads.evaluation.continual", "workloads.evaluation.matrix_file", "orchestrator.commands.metrics",
     "workloads.evaluation.predictions", "workloads.evaluation.scorers", "orchestrator.study", "dashboards.load",
-    "dashboards.tables", "dashboards.page",
+    "dashboards.tables", "dashboards.page", "workloads.benchmarks.cases",
 )  # fmt: skip
 
 
