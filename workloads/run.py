@@ -54,9 +54,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         pools, eval_pools = _seen_once(config, llava, (pools, stream), (eval_pools, items))
     trace = Trace()
     attached = _attached(config, llava, trace, folder)
-    num_trained = count(llava.model.parameters())
-    allowed = "nothing of it trains; set model.train_projector or choose another method"
-    require(num_trained > 0, "adapter.name", config.adapter.name, allowed)
+    num_trained = _num_trained(config, llava)
     _start_folder(config, folder, rejected)
     emit = _Events(folder, report)
     torch.manual_seed(config.seed + 1_000_003 * (engine.rank() + 1))  # ranks draw different dropout masks
@@ -181,6 +179,14 @@ def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> At
         weights = adapters.read(start / record.ADAPTER)
         checkpoint.load_weights(llava.model, attached, weights, f"init_from {config.init_from}")
     return attached
+
+
+def _num_trained(config: RunConfig, llava: Llava) -> int:
+    """Number of weights that train; raises `UserError` when none does."""
+    found = count(llava.model.parameters())
+    allowed = "nothing of it trains; set model.train_projector or choose another method"
+    require(found > 0, "adapter.name", config.adapter.name, allowed)
+    return found
 
 
 def _check_start(config: RunConfig, start: Path) -> None:

@@ -10,6 +10,8 @@ from rich.table import Table
 
 from orchestrator.terminal import console
 
+_MET = {True: "yes", False: "no", None: "–"}
+
 
 def bench(
     repeats: Annotated[int, typer.Option("--repeats", help="Timed repeats of each side, 2 or more.")] = 31,
@@ -48,11 +50,13 @@ def table(results: Sequence[Any], repeats: int) -> Table:
         ours, peer = (f"{seconds * 1e3:.1f}" for seconds in times.seconds)
         quartiles = f"\\[{times.quartiles[0]:.2f}, {times.quartiles[1]:.2f}]"
         row = (case.name, case.against(), ours, peer, f"{times.ratio:.2f}", quartiles, _limit(case))
-        out.add_row(*row, "yes" if result.met else "no")
+        out.add_row(*row, _MET[result.met])
     return out
 
 
 def _limit(case: Any) -> str:
     """The limit as it was set: how slow ours may be, or how much faster it has to be."""
+    if case.limit is None:
+        return "–"
     text = f"{case.limit:.2f}" if case.limit >= 1 else f"{case.limit:.2f} ({1 / case.limit:.2f}x faster)"
     return f"aim {text}" if case.aim else text

@@ -9,6 +9,8 @@ from orchestrator.plan import planned
 from orchestrator.spaces import read_space
 from orchestrator.study import STUDIES, load
 from search_spaces import adapters, mixtures, optim
+from workloads.adapters import icm_lora
+from workloads.adapters.parts import folders
 from workloads.config import OptimConfig, methods, read_yaml
 from workloads.data.pocket import DOMAINS
 
@@ -48,12 +50,23 @@ def test_a_mixture_is_over_known_domains_with_positive_weights(name):
     assert all(weight > 0 for weight in mixture.values())
 
 
+@pytest.fixture
+def ready_made(tmp_path, monkeypatch):
+    """A working folder with files at all places that packaged studies start from; only their hashes are taken."""
+    for part in ("loras/general", "loras/document", "loras/biomedical", "generator"):
+        folder = tmp_path / "ready_made" / part
+        folder.mkdir(parents=True)
+        for name in (folders.WEIGHTS, folders.CONFIG, icm_lora.WEIGHTS, icm_lora.SETTINGS):
+            (folder / name).write_text(part)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("name", "profile"), PROFILES)
-def test_a_packaged_study_states_its_question_and_is_valid(name, profile):
+def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_made):
     study = load(name, profile)
     assert study.hypothesis
     assert planned(study)
-    head = (STUDIES / f"{name}.yaml").read_text().splitlines()[:10]
+    head = (STUDIES / f"{name}.yaml").read_text().splitlines()[:20]
     assert any(line.startswith("# Cost:") for line in head)
     assert any(line.startswith("# Result:") for line in head)
 

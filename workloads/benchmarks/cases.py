@@ -42,7 +42,8 @@ class Case:
     peer_rank: int = 0
     # None: a training step on the pocket model.
     size: Size | None
-    limit: float
+    # None: what it costs is told, whatever it is.
+    limit: float | None
     # The limit is aimed at, not required.
     aim: bool = False
 
@@ -84,6 +85,19 @@ def _by_sample(width: int, hidden: int, settings: dict[str, Any], active_rank: i
     )
 
 
+def _step(settings: dict[str, Any], limit: float | None = None) -> Case:
+    """A method as the study all_methods has it, beside plain LoRA of rank 1."""
+    return Case(
+        name=f"step_{settings['name']}",
+        adapter=settings,
+        peer="lora_step",
+        peer_rank=1,
+        size=None,
+        limit=limit,
+    )
+
+
+_TASKS = ["general", "document", "biomedical"]
 # A sample meets two experts of rank 8; the branches that it meets are mixed into one B of rank 8.
 _SMOLORA = {"name": "smolora", "num_visual": 4, "num_instruction": 4, "rank_total": 64}
 _BRANCH_LORA = {"name": "branch_lora", "num_branches": 8, "rank_total": 64, "top_k": 2}
@@ -101,14 +115,18 @@ CASES: tuple[Case, ...] = (
     _by_sample(256, 688, _SMOLORA, 16),
     _by_sample(512, 1376, _BRANCH_LORA, 8),
     _by_sample(256, 688, _BRANCH_LORA, 8),
-    Case(
-        name="mole_step_pocket",
-        adapter={"name": "mole", "num_experts": 3, "rank_per_expert": 2},
-        peer="lora_step",
-        peer_rank=2,
-        size=None,
-        limit=1.25,
-    ),
+    _step({"name": "mole", "num_experts": 3, "rank_per_expert": 1}, limit=1.25),
+    _step({"name": "moe_lora", "num_experts": 3, "rank_total": 3}),
+    _step({"name": "branch_lora", "num_branches": 3, "rank_total": 3, "top_k": 1}),
+    _step({"name": "smolora", "num_visual": 2, "num_instruction": 2, "rank_total": 4}),
+    _step({"name": "dual_lora", "rank": 4}),
+    _step({"name": "more", "rank_total": 2, "tasks": _TASKS}),
+    _step({"name": "smora", "rank_total": 3, "top_k": 1}),
+    _step({"name": "mtl_lora", "num_experts": 3, "rank_per_expert": 1, "tasks": _TASKS}),
+    _step({"name": "meteora", "rank_per_expert": 1, "top_k": 2, "tasks": _TASKS}),
+    _step({"name": "moa", "rank_per_expert": 1, "tasks": _TASKS}),
+    _step({"name": "mix_lora", "rank_total": 3, "top_k": 1}),
+    _step({"name": "o_lora", "rank_per_expert": 1, "tasks": ["all"]}),
 )
 
 

@@ -24,9 +24,9 @@ class Result:
     times: Comparison
 
     @property
-    def met(self) -> bool:
-        """Whether the median ratio is within the limit."""
-        return self.times.ratio <= self.case.limit
+    def met(self) -> bool | None:
+        """Whether the median ratio is within the limit, where there is one."""
+        return None if self.case.limit is None else self.times.ratio <= self.case.limit
 
 
 def measure(cases: Sequence[Case], repeats: int) -> Iterator[Result]:

@@ -25,9 +25,10 @@ from workloads import adapters
 from workloads.adapters.base import Attached, Trace
 from workloads.benchmarks.cases import Case, Size
 from workloads.benchmarks.peers import LoopBlock, StackBlock, peft_lora
-from workloads.config import AdapterConfig, ModelConfig
+from workloads.config import ModelConfig
 from workloads.data import pool
 from workloads.data.collate import Batch, train_batch
+from workloads.llava import tower
 from workloads.llava.build import build, train_projector
 from workloads.training import loss
 
@@ -45,12 +46,11 @@ class Adapted:
     trace: Trace
 
 
-def sides(case: Case, batch_size: int = 16) -> tuple[Callable[[], None], Callable[[], None]]:
+def sides(case: Case, batch_size: int = 4) -> tuple[Callable[[], None], Callable[[], None]]:
     """Ours and the peer; `batch_size` is that of a training step. Raises `UserError` when PEFT is missing."""
     if case.size is None:
-        lora = adapters.config_from_tree({"name": "lora", "rank": case.peer_rank})
-        ours = adapters.config_from_tree(case.adapter)
-        return training_step(ours, batch_size), training_step(lora, batch_size)
+        lora = {"name": "lora", "rank": case.peer_rank}
+        return training_step(case.adapter, batch_size), training_step(lora, batch_size)
     ours, peer = blocks(case, case.size)
     x_BTD = torch.randn(case.size.samples, case.size.tokens, case.size.width)
     return block_pass(ours.mlp, x_BTD, ours), block_pass(peer, x_BTD, ours if case.peer == "loop" else None)
@@ -72,9 +72,7 @@ def blocks(case: Case, size: Size) -> tuple[Adapted, nn.Module]:
 def adapted(tree: dict[str, Any], size: Size) -> Adapted:
     """The method on a LLaVA of one block, told of a batch of `size` without images."""
     model, trace = one_block_llava(size), Trace()
-    with TemporaryDirectory() as folder:
-        encoder = {"encoder": _write_encoder(Path(folder))} if tree["name"] == "smolora" else {}
-        attached = adapters.attach(model, adapters.config_from_tree({**tree, **encoder}), trace)
+    attached = _attached(model, tree, trace)
     trace.watch(model)
     trace.begin(["which one"] * size.samples, ["any"] * size.samples)
     _draw(model)
@@ -82,6 +80,17 @@ def adapted(tree: dict[str, Any], size: Size) -> Adapted:
         model(input_ids=torch.ones(size.samples, size.tokens, dtype=torch.long), use_cache=False)
     trace.clear()
     return Adapted(mlp=_mlp(model), attached=attached, trace=trace)
+
+
+def _attached(model: nn.Module, tree: dict[str, Any], trace: Trace) -> Attached:
+    """The method on `model`; a sentence encoder that it needs is random, ready-made LoRAs are zero."""
+    with TemporaryDirectory() as folder:
+        files: dict[str, Any] = {}
+        if tree["name"] == "smolora":
+            files["encoder"] = _write_encoder(Path(folder))
+        if tree["name"] == "meteora":
+            files["folders"] = dict.fromkeys(tree["tasks"], folder)
+        return adapters.attach(model, adapters.config_from_tree({**tree, **files}).without_files(), trace)
 
 
 def one_block_llava(size: Size) -> LlavaForConditionalGeneration:
@@ -129,16 +138,20 @@ def block_pass(mlp: nn.Module, x_BTD: Tensor, terms: Adapted | None) -> Callable
     return once
 
 
-def training_step(config: AdapterConfig, batch_size: int) -> Callable[[], None]:
-    """A training step (forward, losses, backward, AdamW) of an adapter on the pocket model."""
+def training_step(tree: dict[str, Any], batch_size: int) -> Callable[[], None]:
+    """A training step (forward, losses, backward, AdamW) of an adapter on the pocket model, its features cached."""
     llava, trace = build(ModelConfig(), "fp32"), Trace()
+    levels = tower.levels_of(llava, [])
+    plain = pool.load("pocket", "general", "train", llava.prompter, 128)
+    samples = tower.with_features(llava, {"general": plain}, levels)["general"]
+    tower.fill(llava, samples, range(batch_size), levels)
+    tower.stand_in(llava, levels)
     torch.manual_seed(0)
-    attached = adapters.attach(llava.model, config, trace)
+    attached = _attached(llava.model, tree, trace)
     train_projector(llava.model)
     trace.watch(llava.model)
     llava.model.train()
     adam = torch.optim.AdamW([w for w in llava.model.parameters() if w.requires_grad], lr=1e-3)
-    samples = pool.load("pocket", "general", "train", llava.prompter, 128)
     batch: Batch = train_batch([samples.sample(i) for i in range(batch_size)], llava)
 
     def step() -> None:
