@@ -3,6 +3,7 @@
 Shape letters: B batch, T tokens, D width.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from workloads.llava import tower
 from workloads.llava.build import build, train_projector
 from workloads.training import loss
 
+# Loading a model imports DeepSpeed, which otherwise says on stdout that it finds no accelerator.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # Width of a sentence vector of all-MiniLM-L6-v2.
 _SENTENCE_WIDTH = 384
