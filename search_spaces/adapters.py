@@ -16,6 +16,7 @@ _TASKS = ["general", "document", "biomedical"]
 ARMS: dict[str, dict[str, Any]] = {
     "branch_lora": {},
     "dual_lora": {},
+    "hydra_lora": {},
     "icm_lora": {},
     "lora": {},
     "meteora": {"tasks": _TASKS},
@@ -34,6 +35,10 @@ ARMS: dict[str, dict[str, Any]] = {
 SPACES: dict[str, Space] = {
     "branch_lora": {"adapter.rank_total": {"choice": [16, 32, 64]}, "adapter.top_k": {"choice": [1, 2, 4]}},
     "dual_lora": {"adapter.rank": {"choice": [2, 4, 8, 16]}},
+    "hydra_lora": {
+        "adapter.num_experts": {"choice": [2, 3, 4]},
+        "adapter.rank_per_expert": {"choice": [2, 4, 8]},
+    },
     # Nothing of it trains but the projector; draws differ in the latent alone.
     "icm_lora": {"adapter.draw": {"choice": [0, 1, 2, 3]}},
     "lora": {"adapter.rank": {"choice": [1, 2, 4, 8, 16]}},
