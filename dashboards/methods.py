@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dashboards.results import StudyResults
+if TYPE_CHECKING:
+    from dashboards.results import StudyResults
 
 # Headings of what `words` returns.
 COLUMNS = ("routes by", "router hears task loss", "task id", "stateful", "mergeable")
@@ -38,7 +39,7 @@ def words(capabilities: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def method_rows(results: StudyResults) -> list[MethodRow]:
+def method_rows(results: "StudyResults") -> list[MethodRow]:
     """One row for each arm that has a finished run."""
     firsts = {arm: runs[0] for arm in results.arms if (runs := results.runs(arm))}
     return [

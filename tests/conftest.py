@@ -19,6 +19,7 @@ MANY_PROCESSES = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One xdist group for tests of many processes, first in line since it takes longest; files stay together."""
 
