@@ -12,24 +12,16 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE_TOKEN = 3
-# Tests that start Ray or a second worker: with `pytest -n 2` they run one after another, beside all others.
+# Tests that start Ray or a second worker take longest.
 MANY_PROCESSES = {
     "orchestrator": ("test_cli", "test_cluster", "test_sweep", "test_tracking"),
     "training": ("test_engine", "test_method_workers", "test_workers"),
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One xdist group for tests of many processes, first in line since it takes longest; files stay together."""
-
-    def group(item: pytest.Item) -> str:
-        path = item.path
-        return "processes" if path.stem in MANY_PROCESSES.get(path.parent.name, ()) else str(path)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: group(item) != "processes")
+    """Long files first; with `pytest -n 2` each file stays with one worker, whose fixtures it shares."""
+    items.sort(key=lambda item: item.path.stem not in MANY_PROCESSES.get(item.path.parent.name, ()))
 
 
 @pytest.fixture
