@@ -142,20 +142,20 @@ def _seen_once(
     """The pools with the tower's features of all samples that the run meets; a stand-in takes the tower's place."""
     (pools, stream), (eval_pools, items) = train, evaluation
     levels = tower.levels_of(llava, config.model.vce_levels if config.model.vce else [])
-    needed = {d: sorted({slot.index for slot in stream if slot.domain == d}) for d in pools}
+    met = [sorted({slot.index for slot in stream if slot.domain == d}) for d in pools]
+    met += [items[d] for d in eval_pools]
     world, rank = engine.world_size(), engine.rank()
     with engine.gathered(tower.tower_of(llava).parameters()):
-        pools = tower.with_features(llava, pools, levels)
-        eval_pools = tower.with_features(llava, eval_pools, levels)
-        parts = [(pools[d], needed[d]) for d in pools] + [(eval_pools[d], items[d]) for d in eval_pools]
-        for part, indices in parts:
+        opened = tower.with_features(llava, [*pools.values(), *eval_pools.values()], levels)
+        for part, indices in zip(opened, met, strict=True):
             tower.fill(llava, part, indices[rank::world], levels)
         engine.barrier()
         if world > 1:  # what the other ranks have put on other nodes
-            for part, indices in parts:
+            for part, indices in zip(opened, met, strict=True):
                 tower.fill(llava, part, indices, levels)
     tower.stand_in(llava, levels)
-    return pools, eval_pools
+    split = len(pools)
+    return dict(zip(pools, opened[:split], strict=True)), dict(zip(eval_pools, opened[split:], strict=True))
 
 
 def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> Attached:

@@ -36,7 +36,7 @@ def filled(blind=False, indices=(3, 40, 7), change=lambda llava: None):
     llava = build(ModelConfig(), "fp32")
     change(llava)
     plain = pool.load("pocket", "document", SPLIT, llava.prompter, 128, blind)
-    opened = tower.with_features(llava, {"document": plain}, LEVELS)["document"]
+    (opened,) = tower.with_features(llava, [plain], LEVELS)
     tower.fill(llava, opened, indices, LEVELS)
     return llava, plain, opened
 

@@ -146,7 +146,7 @@ def training_step(tree: dict[str, Any], batch_size: int) -> Callable[[], None]:
     llava, trace = build(ModelConfig(), "fp32"), Trace()
     levels = tower.levels_of(llava, [])
     plain = pool.load("pocket", "general", "train", llava.prompter, 128)
-    samples = tower.with_features(llava, {"general": plain}, levels)["general"]
+    (samples,) = tower.with_features(llava, [plain], levels)
     tower.fill(llava, samples, range(batch_size), levels)
     tower.stand_in(llava, levels)
     torch.manual_seed(0)

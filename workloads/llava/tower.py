@@ -9,7 +9,7 @@ Shape letters: B images, L levels, P tokens of the tower (its class token includ
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,17 +56,16 @@ def levels_of(llava: Llava, cues: Sequence[int]) -> list[int]:
 
 
 @torch.no_grad()
-def with_features(llava: Llava, pools: Mapping[str, Pool], levels: Sequence[int]) -> dict[str, Pool]:
+def with_features(llava: Llava, pools: Sequence[Pool], levels: Sequence[int]) -> list[Pool]:
     """The same pools with their features opened, filled or not; raises `UserError` if files cannot be made."""
     key, dtype = _key(llava, levels), tower_of(llava).dtype
-    some = next(iter(pools.values()))
-    shape = tuple(_rows(llava, [some.sample(some.accepted[0])], levels).shape[1:])
+    shape = tuple(_rows(llava, [pools[0].sample(pools[0].accepted[0])], levels).shape[1:])
     folder = cache_dir() / "features" / key
     try:
-        return {
-            name: replace(pool, features=Features(folder / pool.key, len(pool.rows), shape, dtype))
-            for name, pool in pools.items()
-        }
+        return [
+            replace(pool, features=Features(folder / pool.key, len(pool.rows), shape, dtype))
+            for pool in pools
+        ]
     except OSError as error:
         raise _unwritable(error) from None
 
