@@ -16,11 +16,31 @@ class Item:
 
     id: str
     domain: str
-    image_HWC: np.ndarray
-    question: str
-    answer: str
+    images_HWC: tuple[np.ndarray, ...]
+    turns: tuple["Said", ...]
+    system: str = ""
     question_type: str = "name"
     features_LPD: torch.Tensor | None = None
+
+    @property
+    def question(self):
+        return self.turns[-1].question.removeprefix("<image>\n")
+
+    @property
+    def answer(self):
+        return self.turns[-1].answer
+
+    @property
+    def answers(self):
+        return (self.answer,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """One turn of an item."""
+
+    question: str
+    answer: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +66,8 @@ def pools(counts, seed=0):
         for i in range(count):
             image = random.integers(0, 256, (96, 96, 3), dtype=np.uint8)
             question, answer = QUESTIONS[k % len(QUESTIONS)], ANSWERS[(3 * k + i) % len(ANSWERS)]
-            items.append(
-                Item(id=f"{domain}-{i}", domain=domain, image_HWC=image, question=question, answer=answer)
-            )
+            turn = Said(question=f"<image>\n{question}", answer=answer)
+            items.append(Item(id=f"{domain}-{i}", domain=domain, images_HWC=(image,), turns=(turn,)))
             k += 1
         out[domain] = Items(items=items)
     return out
@@ -58,7 +77,7 @@ def prompt(processor, item):
     """Token ids (1, T) and pixels of a question and its picture, as the processor itself makes them."""
     content = [{"type": "image"}, {"type": "text", "text": item.question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    made = processor(images=[item.image_HWC], text=[text], return_tensors="pt")
+    made = processor(images=list(item.images_HWC), text=[text], return_tensors="pt")
     return made["input_ids"], made["pixel_values"].double()
 
 

@@ -29,8 +29,7 @@ def domain_scores(config: RunConfig, answered: Answered) -> dict[str, DomainScor
     scores: dict[str, DomainScore] = {}
     for domain, loss in answered.losses.items():
         rows = [row for row in answered.predictions if row["domain"] == domain]
-        train = source.load(domain, "train").select_columns(["question", "answer"])
-        usual = majority(list(train["question"]), list(train["answer"]))
+        usual = majority(*pool.last_turns(source.load(domain, "train")))
         types = sorted({row["question_type"] for row in rows})
         groups = {t: [row["score"] for row in rows if row["question_type"] == t] for t in types}
         scores[domain] = DomainScore(

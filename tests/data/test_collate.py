@@ -8,6 +8,7 @@ from workloads.config import ModelConfig
 from workloads.data.collate import IGNORE, prompt_batch, train_batch
 from workloads.data.pool import Sample
 from workloads.llava.build import build
+from workloads.llava.prompt import Turn
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,9 @@ def llava():
 
 def sample(question, answer, value=0):
     image = np.full((96, 96, 3), value, np.uint8)
+    turn = Turn(question=f"<image>\n{question}", answer=answer)
     return Sample(
-        id="s", domain="general", image_HWC=image, question=question, answer=answer, question_type="name"
+        id="s", domain="general", images_HWC=(image,), turns=(turn,), answers=(answer,), question_type="name"
     )
 
 
@@ -40,7 +42,7 @@ def test_prompt_ids_equal_the_processors_own(llava):
     s = sample("what is this ?", "boot", 30)
     ours = prompt_batch([s], llava)
     theirs = llava.processor(
-        images=[s.image_HWC], text=[llava.prompter.prompt(s.question)], return_tensors="pt"
+        images=list(s.images_HWC), text=[llava.prompter.prompt(s.question)], return_tensors="pt"
     )
     assert ours.ids_BT.tolist() == theirs["input_ids"].tolist()
     torch.testing.assert_close(ours.vision, theirs["pixel_values"])

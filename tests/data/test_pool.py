@@ -133,3 +133,45 @@ def test_a_cache_that_is_whole_is_only_read(prompter, tmp_path, monkeypatch):
     first = pool.load("small", "general", "val", prompter, 128)
     monkeypatch.setattr(pool.record, "write_json", None)
     assert pool.load("small", "general", "val", prompter, 128).digests == first.digests
+
+
+TALK = [
+    {"question": "<image>\nwhat is this ?", "answer": "boot"},
+    {"question": "and this ?\n<image>", "answer": "bag"},
+]
+
+
+def general(**row):
+    return {
+        "id": "g", "images": [], "system": "", "turns": TALK, "answers": ["bag"], "question_type": "name", **row
+    }  # fmt: skip
+
+
+def test_a_row_of_turns_and_images_is_decoded_in_order(tmp_path):
+    one, two = png(), png((48, 96))
+    (tmp_path / "two.png").write_bytes(two)
+    images = [{"bytes": one, "path": None}, {"bytes": None, "path": str(tmp_path / "two.png")}]
+    data = datasets.Dataset.from_list([general(images=images, system="be brief", answers=["bag", "sack"])])
+    pools = pool.Pool(key="k", domain="d", rows=data, accepted=[0], rejected=[], digests=[])
+    sample = pools.sample(0)
+    assert [image.shape for image in sample.images_HWC] == [(96, 96, 3), (48, 96, 3)]
+    assert all(
+        np.array_equal(s, pool.decode(data)) for s, data in zip(sample.images_HWC, (one, two), strict=True)
+    )
+    assert (sample.system, sample.answers) == ("be brief", ("bag", "sack"))
+    assert [(turn.question, turn.answer) for turn in sample.turns] == [tuple(t.values()) for t in TALK]
+    assert (sample.question, sample.answer) == ("and this ?", "bag")
+
+
+def test_the_short_form_is_one_turn_with_its_image_in_front():
+    sample = pool.Pool(
+        key="k", domain="d", rows=rows((png(), "boot")), accepted=[0], rejected=[], digests=[]
+    ).sample(0)
+    assert [(turn.question, turn.answer) for turn in sample.turns] == [("<image>\nwhat is this ?", "boot")]
+    assert (sample.question, sample.answer, sample.answers) == ("what is this ?", "boot", ("boot",))
+    assert len(sample.images_HWC) == 1
+
+
+def test_last_turns_are_what_samples_say_in_both_forms():
+    assert pool.last_turns(rows((png(), "boot"), (None, "bag"))) == (["what is this ?"] * 2, ["boot", "bag"])
+    assert pool.last_turns(datasets.Dataset.from_list([general()])) == (["and this ?"], ["bag"])

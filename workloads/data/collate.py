@@ -1,6 +1,6 @@
 """Batches: samples to padded token ids, masks, labels, and pixels or features.
 
-Shape letters: B batch, T tokens, C channels, H height, W width.
+Shape letters: B batch, T tokens, N images of all samples in order, C channels, H height, W width.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Batch:
     ids_BT: Tensor
     mask_BT: Tensor
     labels_BT: Tensor
-    # Pixels (B, C, H, W); where the tower's features are cached, those: levels x tokens x width of each image.
+    # Pixels (N, C, H, W); where the tower's features are cached, those: levels x tokens x width of each image.
     vision: Tensor
 
     def inputs(self) -> dict[str, Tensor]:
@@ -109,4 +109,5 @@ def vision(samples: Sequence[Sample], llava: Llava) -> Tensor:
     if features:
         return torch.stack(features)
     processor: Any = llava.processor
-    return processor.image_processor([s.image_HWC for s in samples], return_tensors="pt")["pixel_values"]
+    images = [image_HWC for s in samples for image_HWC in s.images_HWC]
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ from workloads.data.features import Features
 from workloads.data.mixture import Slot
 from workloads.errors import UserError
 from workloads.identity import data_hash
-from workloads.llava.prompt import Prompter
+from workloads.llava.prompt import IMAGE, Prompter, Turn
 
 MAX_PIXELS = 64_000_000
-_NO_IMAGE = np.empty((0, 0, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +45,29 @@ class Verdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One decoded sample."""
+    """One decoded sample: a conversation of at least one turn over any number of images."""
 
     id: str
     domain: str
-    # uint8 RGB; empty where features stand for the image.
-    image_HWC: np.ndarray
-    question: str
-    answer: str
+    # uint8 RGB, in the order of their places in the questions; empty where features stand for the image.
+    images_HWC: tuple[np.ndarray, ...]
+    system: str = ""
+    turns: tuple[Turn, ...]
+    # References that the answer to the last turn is scored against.
+    answers: tuple[str, ...]
     question_type: str
-    # What the vision tower says of the image, where that is cached.
+    # What the vision tower says of the one image, where that is cached.
     features_LPD: Tensor | None = None
+
+    @property
+    def question(self) -> str:
+        """The last turn's question, without the places of images."""
+        return asked(self.turns)
+
+    @property
+    def answer(self) -> str:
+        """The last turn's answer."""
+        return self.turns[-1].answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +90,48 @@ class Pool:
     def sample(self, index: int) -> Sample:
         """Sample `index`, decoded."""
         row: dict[str, Any] = self.rows[index]
+        turns = turns_of(row)
+        images = () if self.features else tuple(self._image(image) for image in images_of(row))
         return Sample(
             id=row["id"],
             domain=self.domain,
-            image_HWC=_NO_IMAGE if self.features else self._image(row["image"]["bytes"]),
-            question=row["question"],
-            answer=row["answer"],
+            images_HWC=images,
+            system=row.get("system", ""),
+            turns=turns,
+            answers=tuple(row.get("answers") or [turns[-1].answer]),
             question_type=row["question_type"],
             features_LPD=self.features.read(index) if self.features else None,
         )
 
-    def _image(self, data: bytes) -> np.ndarray:
-        image_HWC = decode(data)
+    def _image(self, image: Mapping[str, Any]) -> np.ndarray:
+        image_HWC = decode(image["bytes"] or Path(image["path"]).read_bytes())
         return np.full_like(image_HWC, 128) if self.blind else image_HWC
+
+
+def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:
+    """The turns of a row; the short form (image, question, answer) is one turn with its image in front."""
+    if "turns" not in row:
+        return (Turn(question=f"{IMAGE}\n{row['question']}", answer=row["answer"]),)
+    return tuple(Turn(question=turn["question"], answer=turn["answer"]) for turn in row["turns"])
+
+
+def images_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The images of a row in either form, each with its bytes or its path."""
+    return row["images"] if "images" in row else [row["image"]]
+
+
+def asked(turns: Sequence[Turn]) -> str:
+    """The last turn's question, without the places of images."""
+    return turns[-1].question.replace(IMAGE, "").strip()
+
+
+def last_turns(rows: datasets.Dataset) -> tuple[list[str], list[str]]:
+    """Question and answer of every row's last turn; images are not read."""
+    if "turns" not in rows.column_names:
+        texts = rows.select_columns(["question", "answer"])
+        return list(texts["question"]), list(texts["answer"])
+    turns = [turns_of(dict(row)) for row in rows.select_columns(["turns"])]
+    return [asked(each) for each in turns], [each[-1].answer for each in turns]
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -6,6 +6,17 @@ from typing import Any
 
 from transformers import LlavaProcessor
 
+# Stands in a question where an image goes.
+IMAGE = "<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What the user says and what the model answers; `<image>` stands in the question where an image goes."""
+
+    question: str
+    answer: str
+
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:

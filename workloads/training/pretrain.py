@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from workloads.data.pool import Sample
 from workloads.evaluation.scorers import exact
 from workloads.llava.build import Llava
 from workloads.llava.pocket import IMAGE_SIZE, PATCH_SIZE, new_model, new_processor
-from workloads.llava.prompt import Prompter
+from workloads.llava.prompt import IMAGE, Prompter, Turn
 from workloads.training import loss
 from workloads.training.optim import cosine_with_warmup
 from workloads.training.tally import Tally
@@ -77,9 +77,9 @@ def sample(domain: str, seed: int, index: int, split: str, recipe: Recipe, asks:
     return Sample(
         id=f"{domain}-{split}-{index}",
         domain=domain,
-        image_HWC=scene.image,
-        question=question,
-        answer=answer,
+        images_HWC=(scene.image,),
+        turns=(Turn(question=f"{IMAGE}\n{question}", answer=answer),),
+        answers=(answer,),
         question_type=question,
     )
 
@@ -166,19 +166,9 @@ def caption_scores(llava: Llava, split: str, num_items: int, shuffled: bool = Fa
     for domain in DOMAINS:
         only = Recipe(captions=1.0, details=0.0)
         samples = [sample(domain, 77, i, split, only) for i in range(num_items)]
-        images = [s.image_HWC for s in samples]
+        images = [s.images_HWC for s in samples]
         images = images[1:] + images[:1] if shuffled else images
-        shown = [
-            Sample(
-                id=s.id,
-                domain=domain,
-                image_HWC=image,
-                question=s.question,
-                answer=s.answer,
-                question_type="caption",
-            )
-            for s, image in zip(samples, images, strict=True)
-        ]
+        shown = [replace(s, images_HWC=seen) for s, seen in zip(samples, images, strict=True)]
         batch = prompt_batch(shown, llava)
         model: Any = llava.model
         ids_BT = model.generate(
