@@ -42,7 +42,7 @@ def test_prompt_ids_equal_the_processors_own(llava):
     s = sample("what is this ?", "boot", 30)
     ours = prompt_batch([s], llava)
     theirs = llava.processor(
-        images=list(s.images_HWC), text=[llava.prompter.prompt(s.question)], return_tensors="pt"
+        images=list(s.images_HWC), text=[llava.prompter.prompt(s.turns)], return_tensors="pt"
     )
     assert ours.ids_BT.tolist() == theirs["input_ids"].tolist()
     torch.testing.assert_close(ours.vision, theirs["pixel_values"])
@@ -57,7 +57,7 @@ def test_prompts_are_padded_on_the_left(llava):
 
 @pytest.mark.parametrize("text", ["CAT", "top left", "iv", "30", "4 4", "QUEUE"])
 def test_answers_survive_encoding(llava, text):
-    encoded = llava.prompter.encode("what is this ?", text)
-    assert llava.prompter.decode(encoded.ids[-encoded.num_supervised :]) == text
+    encoded = llava.prompter.encode([Turn(question="<image>\nwhat is this ?", answer=text)])
+    assert llava.prompter.decode(encoded.ids[encoded.prompt_length :]) == text
     unknown = llava.prompter.tokenizer.unk_token_id
     assert unknown not in encoded.ids

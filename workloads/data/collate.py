@@ -58,17 +58,16 @@ class Batch:
 
 def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     """Prompts and answers, padded on the right; labels on answer and end token."""
-    encoded = [llava.prompter.encode(s.question, s.answer) for s in samples]
-    length = max(len(e.ids) for e in encoded)
-    ids_BT, mask_BT = _pad([e.ids for e in encoded], length, llava, left=False)
+    encoded = [llava.prompter.encode(s.turns, s.system) for s in samples]
+    ids_BT, mask_BT = _pad([e.ids for e in encoded], samples, llava, left=False)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     for row, e in enumerate(encoded):
-        span = slice(len(e.ids) - e.num_supervised, len(e.ids))
-        labels_BT[row, span] = ids_BT[row, span]
+        chosen_T = torch.tensor(e.supervised).nonzero()[:, 0]
+        labels_BT[row, chosen_T] = ids_BT[row, chosen_T]
     return Batch(
         samples=samples,
         rows=samples,
-        prompt_lengths=tuple(len(e.ids) - e.num_supervised for e in encoded),
+        prompt_lengths=tuple(e.prompt_length for e in encoded),
         ids_BT=ids_BT,
         mask_BT=mask_BT,
         labels_BT=labels_BT,
@@ -78,8 +77,8 @@ def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
 
 def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     """Prompts alone, padded on the left, ready for decoding."""
-    prefixes = [llava.prompter.prefix(s.question) for s in samples]
-    ids_BT, mask_BT = _pad(prefixes, max(map(len, prefixes)), llava, left=True)
+    prefixes = [llava.prompter.prefix(s.turns, s.system) for s in samples]
+    ids_BT, mask_BT = _pad(prefixes, samples, llava, left=True)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     return Batch(
         samples=samples,
@@ -92,22 +91,40 @@ def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     )
 
 
-def _pad(rows: list[list[int]], length: int, llava: Llava, left: bool) -> tuple[Tensor, Tensor]:
-    pad = llava.prompter.tokenizer.pad_token_id
+def _pad(rows: list[list[int]], samples: Sequence[Sample], llava: Llava, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T). Where no sample has an image, padding takes the places of the empty one of `vision`."""
+    pad, length = llava.prompter.tokenizer.pad_token_id, max(map(len, rows))
+    places = 0 if _has_image(samples) else llava.prompter.image_tokens
+    spare = length * len(rows) - sum(map(len, rows))
+    length += max(0, -(-(places - spare) // len(rows)))
     ids_BT = torch.full((len(rows), length), pad, dtype=torch.long)
     mask_BT = torch.zeros((len(rows), length), dtype=torch.long)
     for row, ids in enumerate(rows):
         span = slice(length - len(ids), length) if left else slice(0, len(ids))
         ids_BT[row, span] = torch.tensor(ids)
         mask_BT[row, span] = 1
+    row_N, column_N = (mask_BT == 0).nonzero()[:places].unbind(dim=1)
+    ids_BT[row_N, column_N] = llava.prompter.image_id
     return ids_BT, mask_BT
 
 
+def _has_image(samples: Sequence[Sample]) -> bool:
+    return any(s.images_HWC or s.features_LPD is not None for s in samples)
+
+
 def vision(samples: Sequence[Sample], llava: Llava) -> Tensor:
-    """What the model sees of the samples: their features where they have them, else processed pixels."""
+    """What the model sees of the samples: their features where they have them, else processed pixels.
+
+    Samples without any image have one of zeros, which stands in their padding and changes nothing: every worker
+    computes tower and projector in every batch, as ZeRO-3 needs.
+    """
     features = [s.features_LPD for s in samples if s.features_LPD is not None]
     if features:
         return torch.stack(features)
+    if not _has_image(samples):
+        config: Any = llava.model.config
+        side = config.vision_config.image_size
+        return torch.zeros(1, config.vision_config.num_channels, side, side)
     processor: Any = llava.processor
     images = [image_HWC for s in samples for image_HWC in s.images_HWC]
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -192,10 +192,10 @@ def _verdict(row: dict[str, Any], prompter: Prompter, max_length: int) -> Verdic
         return Verdict(id=name, fault="image: missing")
     if not row["answer"].strip():
         return Verdict(id=name, fault="answer: empty")
-    length = len(prompter.encode(row["question"], row["answer"]).ids)
-    if length > max_length:
-        return Verdict(id=name, fault=f"length: {length} tokens, at most {max_length}")
     try:
+        length = len(prompter.encode(turns_of(row)).ids)
+        if length > max_length:
+            return Verdict(id=name, fault=f"length: {length} tokens, at most {max_length}")
         pixels = decode(image["bytes"])
     except ValueError as error:
         return Verdict(id=name, fault=str(error))

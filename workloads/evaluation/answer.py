@@ -70,7 +70,7 @@ def _generate(
         do_sample=False,
         max_new_tokens=config.eval.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(llava.prompter.ends),
         synced_gpus=config.execution.zero_stage == 3 and engine.world_size() > 1,
     )
     answers = ids_BT[:, batch.ids_BT.shape[1] :].tolist()

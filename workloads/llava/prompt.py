@@ -1,13 +1,26 @@
-"""Questions and answers as token ids: the checkpoint's chat template, loss on the answer alone."""
+"""Conversations as token ids: the checkpoint's chat template, images expanded, loss on the answers alone.
+
+An end token is supervised behind every answer, or tuned models never stop: the template's own, and where the
+template has none there (as LLaVA-1.5's), the tokenizer's.
+"""
 
 import hashlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import LlavaProcessor
+
+from workloads.errors import UserError
 
 # Stands in a question where an image goes.
 IMAGE = "<image>"
+# Stands for answer k while a template is rendered; private-use characters are in no text and are never trimmed.
+_ANSWER = "\ue000{}\ue001"
+# Rendered conversations kept in memory; all are forgotten beyond.
+_MAX_CACHED = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,44 +33,153 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Token ids of one sample; the last `num_supervised` of them are the answer and its end token."""
+    """Token ids of one conversation, and which of them are answers and their end tokens."""
 
     ids: list[int]
-    num_supervised: int
+    supervised: list[bool]
+    # Tokens before the last answer.
+    prompt_length: int
 
 
 class Prompter:
-    """Encodes samples for one processor; the image placeholder is expanded to the model's image tokens."""
+    """Encodes conversations for one processor; an image placeholder is expanded to the model's image tokens."""
 
-    def __init__(self, processor: LlavaProcessor, image_tokens: int) -> None:
+    def __init__(self, processor: LlavaProcessor, image_tokens: int, ends: Sequence[int] = ()) -> None:
+        """`ends` are the ids that end the model's answers beside the tokenizer's end token.
+
+        Raises UserError when the chat template asks for an answer in another way than it renders answers.
+        """
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.image_tokens = image_tokens
-        self._prefixes: dict[str, list[int]] = {}
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.ends = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
+        self._rendered: dict[tuple[Any, ...], list[str]] = {}
         text = self.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template) + str(image_tokens)
+        text += "".join(f" {end}" for end in self.ends[1:])
         # Hash of all that decides token ids.
         self.version = hashlib.sha256(text.encode()).hexdigest()[:16]
+        # A tokenizer that begins every text with its first token does so in a conversation.
+        begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        self._begin: list[int] = [self.tokenizer.bos_token_id] if begins else []
+        self._check()
 
-    def prompt(self, question: str) -> str:
-        """The text up to the answer, image placeholder not expanded."""
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+    def prompt(self, turns: Sequence[Turn], system: str = "") -> str:
+        """The text up to the last answer, image placeholders not expanded."""
+        pieces = self._pieces(turns, system, asks=True)
+        return pieces[0] + "".join(t.answer.strip() + p for t, p in zip(turns[:-1], pieces[1:], strict=True))
 
-    def prefix(self, question: str) -> list[int]:
-        """Token ids up to the answer; equal questions are encoded once."""
-        if question not in self._prefixes:
-            image = self.processor.image_token
-            text = self.prompt(question).replace(image, image * self.image_tokens)
-            self._prefixes[question] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._prefixes[question]
+    def prefix(self, turns: Sequence[Turn], system: str = "") -> list[int]:
+        """Token ids up to the last answer."""
+        return self._encode(turns[:-1], self._pieces(turns, system, asks=True)).ids
 
-    def encode(self, question: str, answer: str) -> Encoded:
-        """Prompt, answer and end token; the end token is supervised, or tuned models never stop."""
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        target = [*ids, self.tokenizer.eos_token_id]
-        return Encoded(ids=[*self.prefix(question), *target], num_supervised=len(target))
+    def encode(self, turns: Sequence[Turn], system: str = "") -> Encoded:
+        """The whole conversation to its last end token; space around an answer is dropped.
+
+        Raises ValueError when an image's placeholder stands elsewhere than in a question, or when the chat template
+        refuses the conversation.
+        """
+        encoded = self._encode(turns, self._pieces(turns, system, asks=False))
+        last = len(encoded.supervised) - encoded.supervised[::-1].index(True)
+        return Encoded(
+            ids=encoded.ids[:last],
+            supervised=encoded.supervised[:last],
+            prompt_length=encoded.prompt_length,
+        )
 
     def decode(self, ids: list[int]) -> str:
         """The answer's text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
+    def _encode(self, turns: Sequence[Turn], pieces: list[str]) -> Encoded:
+        """Ids of `pieces` with the answers between them; one piece more than turns."""
+        text, spans = pieces[0], []
+        for turn, piece in zip(turns, pieces[1:], strict=True):
+            answer = turn.answer.strip()
+            if self.processor.image_token in answer:
+                raise ValueError(f"answer: holds {self.processor.image_token}")
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer + piece
+        made = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
+            verbose=False,
+        )  # fmt: skip
+        tokens: list[int] = made["input_ids"]
+        starts, stops = ([place[side] for place in made["offset_mapping"]] for side in (0, 1))
+        begin = [] if text.startswith(self.tokenizer.bos_token or "\ue000") else self._begin
+        ids, supervised = list(begin), [False] * len(begin)
+        done, before_last = 0, 0
+        for first_character, end_character in spans:
+            first = bisect_right(stops, first_character)
+            closing = end = max(first, bisect_left(starts, end_character))
+            while closing < len(tokens) and not text[starts[closing] : stops[closing]].strip():
+                closing += 1
+            closed = closing < len(tokens) and tokens[closing] in self.ends
+            self._add(tokens[done:first], ids, supervised)
+            before_last = len(ids)
+            answered = tokens[first : closing + 1] if closed else [*tokens[first:end], self.ends[0]]
+            ids += answered
+            supervised += [True] * len(answered)
+            done = closing + 1 if closed else end
+        self._add(tokens[done:], ids, supervised)
+        return Encoded(ids=ids, supervised=supervised, prompt_length=before_last)
+
+    def _add(self, tokens: Sequence[int], ids: list[int], supervised: list[bool]) -> None:
+        """Append tokens that no loss is taken on, images expanded."""
+        for token in tokens:
+            ids += [token] * (self.image_tokens if token == self.image_id else 1)
+        supervised += [False] * (len(ids) - len(supervised))
+
+    def _pieces(self, turns: Sequence[Turn], system: str, asks: bool) -> list[str]:
+        """The rendered text around the answers; `asks` ends it where the last answer goes."""
+        key = (system, *(turn.question for turn in turns), asks)
+        if key not in self._rendered:
+            if len(self._rendered) >= _MAX_CACHED:
+                self._rendered.clear()
+            self._rendered[key] = self._render(turns, system, asks)
+        return self._rendered[key]
+
+    def _render(self, turns: Sequence[Turn], system: str, asks: bool) -> list[str]:
+        messages = [_message("system", system)] if system else []
+        marks = [_ANSWER.format(k) for k in range(len(turns))]
+        for turn, mark in zip(turns, marks, strict=True):
+            messages += [_message("user", turn.question), _message("assistant", mark)]
+        if asks:
+            messages.pop()
+            marks.pop()
+        try:
+            rest = str(self.processor.apply_chat_template(messages, add_generation_prompt=asks))
+        except TemplateError as error:
+            raise ValueError(f"chat template: {error}") from None
+        pieces: list[str] = []
+        for mark in marks:
+            piece, found, rest = rest.partition(mark)
+            if not found:
+                raise ValueError("chat template: leaves out an answer")
+            pieces.append(piece)
+        pieces.append(rest)
+        image, wanted = self.processor.image_token, sum(turn.question.count(IMAGE) for turn in turns)
+        if (given := sum(piece.count(image) for piece in pieces)) != wanted:
+            raise ValueError(f"{image}: {given} in the rendered conversation, {wanted} in its questions")
+        return pieces
+
+    def _check(self) -> None:
+        turns = [Turn(question=f"{IMAGE}\nwhat ?", answer="this"), Turn(question="where ?", answer="here")]
+        try:
+            whole, prefix = self.encode(turns), self.prefix(turns)
+        except ValueError as error:
+            raise UserError(f"model.name_or_path: its chat template does not serve: {error}") from None
+        if whole.ids[: whole.prompt_length] != prefix:
+            text = self.prompt(turns)
+            raise UserError(
+                f"model.name_or_path: its chat template asks for an answer by {text[-20:]!r} and renders it otherwise"
+            )
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    """One message in the form of chat templates: text and images in their order."""
+    parts: list[dict[str, str]] = []
+    for k, part in enumerate(text.split(IMAGE) if role == "user" else [text]):
+        parts += [{"type": "image"}] if k else []
+        parts += [{"type": "text", "text": part.strip()}] if part.strip() else []
+    return {"role": role, "content": parts}

@@ -85,6 +85,10 @@ class Pool:
     def _find_images(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids_BT = kwargs.get("input_ids")
         self.image_BT = None if ids_BT is None else ids_BT == self.image_token
+        mask = kwargs.get("attention_mask")
+        if self.image_BT is not None and mask is not None:
+            # An image in the padding belongs to nobody: it is there where no sample has one.
+            self.image_BT = self.image_BT & mask[:, -self.image_BT.shape[1] :].bool()
         self._patches_NPV = None
 
     def _see_patches(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -105,6 +109,6 @@ class Pool:
     def images(self, width: int) -> Tensor:
         """Mean patch feature (B, V = width) of each sample's images as they enter the projector, without gradient."""
         assert self.image_BT is not None, "image positions are read from input_ids"
-        if self._patches_NPV is None:
+        if self._patches_NPV is None or not self.image_BT.any():
             return torch.zeros(len(self.image_BT), width, device=self.image_BT.device)
         return image_means(self._patches_NPV, self.image_BT)
