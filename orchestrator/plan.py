@@ -76,7 +76,8 @@ def key_of(config: RunConfig) -> str:
     """What a rate belongs to: base model with VCE or without, method with its settings, dtype."""
     model, settings = config.model, json.dumps(dataclasses.asdict(config.adapter), sort_keys=True)
     vce = f" vce {model.vce_levels} {model.vce_heads} {model.vce_points}" if model.vce else ""
-    return f"{model.name_or_path}{vce} {config.optim.dtype} {settings}"
+    base = f"{model.language_model} {model.vision_tower}" if model.language_model else model.name_or_path
+    return f"{base}{vce} {config.optim.dtype} {settings}"
 
 
 def rates(store: Store, trials: Iterable[Trial]) -> dict[str, Rate]:

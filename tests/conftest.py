@@ -15,7 +15,7 @@ IMAGE_TOKEN = 3
 # Tests that start Ray or a second worker take longest.
 MANY_PROCESSES = {
     "orchestrator": ("test_cli", "test_cluster", "test_sweep", "test_tracking"),
-    "training": ("test_engine", "test_method_workers", "test_workers"),
+    "training": ("test_engine", "test_llava_workers", "test_method_workers", "test_workers"),
 }
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.llava.sentences import write_encoder
-from workloads.config import from_tree
+from workloads.config import ModelConfig, from_tree
 from workloads.errors import UserError
-from workloads.identity import fingerprint, identity, model_hash
+from workloads.identity import _reduced, fingerprint, identity, model_hash
 
 GOOD = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
 
@@ -49,11 +49,12 @@ def test_layout_enters_the_fingerprint_exactly_when_numbers_depend_on_it():
 def test_a_changed_chat_template_changes_the_models_hash_and_a_card_does_not(tmp_path):
     for name in ("config.json", "chat_template.jinja", "card.json"):
         (tmp_path / name).write_text("{}")
-    first = model_hash(str(tmp_path))
+    model = ModelConfig(name_or_path=str(tmp_path))
+    first = model_hash(model)
     (tmp_path / "card.json").write_text('{"seconds": 1}')
-    assert model_hash(str(tmp_path)) == first
+    assert model_hash(model) == first
     (tmp_path / "chat_template.jinja").write_text("changed")
-    assert model_hash(str(tmp_path)) != first
+    assert model_hash(model) != first
 
 
 def test_the_order_of_keys_leaves_the_fingerprint():
@@ -155,3 +156,9 @@ def test_visual_cues_count_with_their_settings_only_when_they_are_on():
     assert of() == of(vce_heads=2) != of(vce=True) != of(vce=True, vce_heads=2)
     assert "vce" not in identity(from_tree(GOOD))
     assert identity(from_tree({**GOOD, "model": {"vce": True}}))["vce"].startswith("1 ")
+
+
+def test_what_a_model_can_be_told_adds_nothing_to_its_identity_until_it_is_told():
+    tree = _reduced(from_tree(GOOD))["model"]
+    assert tree == {"name_or_path": "pocket", "train_projector": True}
+    assert identity(from_tree(GOOD))["image_processor"] == "CLIPImageProcessorPil"

@@ -170,6 +170,7 @@ def check(config: RunConfig) -> None:
         ("execution.threads", ex.threads),
     ):
         require(value >= 1, key, value, "a whole number of 1 or more")
+    _check_model(config.model)
     require(0 <= data.max_rejected <= 1, "data.max_rejected", data.max_rejected, "a share from 0 to 1")
     require(optim.lr > 0, "optim.lr", optim.lr, "a number above 0")
     for key in ("projector_lr_ratio", "weight_decay", "clip"):
@@ -187,3 +188,13 @@ def check(config: RunConfig) -> None:
     allowed = f"a multiple of execution.workers ({ex.workers})"
     require(optim.global_batch % ex.workers == 0, "optim.global_batch", optim.global_batch, allowed)
     config.adapter.check()
+
+
+def _check_model(model: ModelConfig) -> None:
+    parts = {key: getattr(model, key) for key in ("language_model", "vision_tower", "projector")}
+    if any(parts.values()):
+        allowed = "a LLaVA from parts names a language model and a vision tower"
+        for key in ("language_model", "vision_tower"):
+            require(bool(parts[key]), f"model.{key}", parts[key], allowed)
+        named = model.name_or_path
+        require(named == ModelConfig().name_or_path, "model.name_or_path", named, "leave it out beside parts")

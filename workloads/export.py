@@ -8,8 +8,7 @@ from workloads import adapters, identity, record
 from workloads.adapters.base import Attached
 from workloads.config import ModelConfig, from_tree
 from workloads.errors import UserError
-from workloads.llava.build import Llava, build
-from workloads.llava.folder import resolve
+from workloads.llava.build import Llava, base_name, build, folder_of
 
 Form = Literal["adapter", "peft", "merged"]
 PROCESSOR_FILES = (
@@ -26,8 +25,8 @@ def export(run: Path, out: Path, form: Form, task: str | None = None) -> None:
     """
     saved = record.load(run)
     config = from_tree(saved.config)
-    name = config.model.name_or_path
-    if identity.model_hash(name) != saved.identity["model"]:
+    name = base_name(config.model)
+    if identity.model_hash(config.model) != saved.identity["model"]:
         raise UserError(f"model.name_or_path: {name} is not the base that {run.name} was trained on any more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out: {out} holds something already; name a new folder")
@@ -49,6 +48,6 @@ def _merge(llava: Llava, attached: Attached, out: Path, model: ModelConfig, task
     adapters.merge(llava.model, attached, task)
     llava.model.save_pretrained(out)
     # A loaded processor cannot be written again, so its files are taken from the base.
-    for path in resolve(model.name_or_path).iterdir():
+    for path in folder_of(model).iterdir():
         if path.name in PROCESSOR_FILES:
             shutil.copyfile(path, out / path.name)

@@ -12,9 +12,12 @@ from typing import Any
 from workloads.config import SCHEMA_VERSION, ModelConfig, RunConfig, to_tree
 from workloads.data import sources
 from workloads.errors import UserError
+from workloads.llava.folder import POCKET, image_processor, resolve
 
 # Parts of the configuration that name or place a run without changing its numbers.
 _NOT_IDENTITY = ("name", "execution", "schema_version")
+# Fields of a model that enter by what they lead to: files by their hash, a backend by the image processor's name.
+_PLACES = ("hub", "language_model", "vision_tower", "projector", "image_backend")
 # Files beside a model that are about it and decide no number.
 _ABOUT_A_MODEL = ("card.json", "README.md", "LICENSE", ".gitattributes")
 
@@ -31,8 +34,7 @@ def fingerprint(config: RunConfig) -> str:
 def _reduced(config: RunConfig) -> dict[str, Any]:
     """The configuration without what changes no number, and with one spelling of what can be spelled in several."""
     tree = {key: value for key, value in to_tree(config).items() if key not in _NOT_IDENTITY}
-    if not config.model.vce:
-        tree["model"] = {key: value for key, value in tree["model"].items() if not key.startswith("vce")}
+    tree["model"] = _reduced_model(config.model, tree["model"])
     tree["adapter"] = {**asdict(config.adapter.without_files()), **config.adapter.identity()}
     tree["adapter_files"] = _hash_adapter_files(config.adapter.files())
     del tree["data"]["max_rejected"]  # decides whether a run goes on, not what it computes
@@ -40,6 +42,19 @@ def _reduced(config: RunConfig) -> dict[str, Any]:
     available = sources.find(config.data.source).available(config.eval.split)
     tree["eval"]["domains"] = sorted(set(config.eval.domains or available))
     return tree
+
+
+def _reduced_model(model: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
+    """The model's part without places (its files' hash stands for them) and without later fields at their defaults."""
+    tree = {key: value for key, value in tree.items() if key not in _PLACES}
+    tree["name_or_path"] = (
+        model.name_or_path if model.name_or_path == POCKET and not model.language_model else ""
+    )
+    default = ModelConfig()
+    for key in ("attention", "image_aspect"):
+        if tree[key] == getattr(default, key):
+            del tree[key]
+    return {key: value for key, value in tree.items() if model.vce or not key.startswith("vce")}
 
 
 def _hash_adapter_files(paths: list[Path]) -> str:
@@ -52,15 +67,14 @@ def _hash_adapter_files(paths: list[Path]) -> str:
 def identity(config: RunConfig) -> dict[str, str]:
     """Versions and content hashes behind the names in `config`: model, data, method, scorer, image processor, VCE."""
     from workloads.evaluation.scorers import SCORER_VERSION
-    from workloads.llava.folder import IMAGE_PROCESSOR
 
     method = importlib.import_module(f"workloads.adapters.{config.adapter.name}")
     return {
-        "model": model_hash(config.model.name_or_path),
+        "model": model_hash(config.model),
         "data": data_hash(config.data.source),
         "method": f"{config.adapter.name}-{method.VERSION}",
         "scorer": SCORER_VERSION,
-        "image_processor": IMAGE_PROCESSOR,
+        "image_processor": image_processor(config.model),
         **({"vce": _vce(config.model)} if config.model.vce else {}),
     }
 
@@ -72,12 +86,20 @@ def _vce(model: ModelConfig) -> str:
     return f"{VERSION} levels {model.vce_levels} heads {model.vce_heads} points {model.vce_points}"
 
 
-def model_hash(name_or_path: str) -> str:
-    """Hash of the base model's files: configuration, tokenizer, chat template, weights."""
-    from workloads.llava.folder import resolve
+def model_hash(model: ModelConfig) -> str:
+    """Hash of the base model's files, or of its parts': configuration, tokenizer, chat template, weights."""
+    if not model.language_model:
+        return hash_files(_model_files(resolve(model.name_or_path, model.hub)))
+    places = [Path(place) for place in (model.language_model, model.vision_tower, model.projector) if place]
+    for place in places:
+        if not place.exists():
+            raise UserError(f"model: {place}: no such file or folder")
+    parts = [_model_files(place) if place.is_dir() else [place] for place in places]
+    return " ".join(hash_files(files) for files in parts)
 
-    folder = resolve(name_or_path)
-    return hash_files(sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _ABOUT_A_MODEL))
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _ABOUT_A_MODEL)
 
 
 def data_hash(source: str) -> str:

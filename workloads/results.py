@@ -18,6 +18,7 @@ from workloads.data.mixture import Slot
 from workloads.data.pool import Pool
 from workloads.evaluation.answer import Answered
 from workloads.evaluation.scorers import exact, majority
+from workloads.llava.build import base_name
 from workloads.record import Cost, DomainScore, RunRecord
 from workloads.training import checkpoint, engine
 from workloads.training.loop import Trained
@@ -114,7 +115,7 @@ def write(
 ) -> None:
     """Rank 0 writes adapter and predictions, then the record that marks the run as finished, and drops checkpoints."""
     if engine.rank() == 0:
-        adapters.save(folder / record.ADAPTER, weights, config.adapter, attached, config.model.name_or_path)
+        adapters.save(folder / record.ADAPTER, weights, config.adapter, attached, base_name(config.model))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
         (folder / record.PREDICTIONS).write_text(text, encoding="utf-8")
         record.save(result, folder)

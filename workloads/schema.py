@@ -15,7 +15,20 @@ SCHEMA_VERSION = 1
 class ModelConfig:
     """The base LLaVA that the adapter is put on."""
 
+    # `pocket`, the folder of a LLaVA, or its name on the hub.
     name_or_path: str = "pocket"
+    # Ask the hub for what is not on this machine.
+    hub: bool = False
+    # A LLaVA from parts instead: folders of a language model and a vision tower, and the projector's weights
+    # (empty: a new projector).
+    language_model: str = ""
+    vision_tower: str = ""
+    projector: str = ""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    # `pad` makes an image square with the mean colour, as LLaVA does; `crop` leaves its shape to the processor,
+    # which cuts off what is beyond the square.
+    image_aspect: Literal["crop", "pad"] = "crop"
+    image_backend: Literal["pil", "torchvision"] = "pil"
     # LLaVA trains the projector in full beside the adapter.
     train_projector: bool = True
     # Visual Cue Enhancement between tower and projector; the first level is the one that the projector reads.

@@ -70,6 +70,20 @@ def test_images_are_what_enters_the_projector(tiny_llava, batch):
     assert pool.images(8).abs().max() == 0
 
 
+def test_an_image_in_the_padding_belongs_to_no_sample(tiny_llava, batch):
+    """Batches of texts alone have one there."""
+    model, trace = tiny_llava(), Trace()
+    pool = Pool(trace, "first_after_image", model)
+    trace.watch(model)
+    ids, mask = torch.full((2, 12), 7), torch.ones(2, 12, dtype=torch.long)
+    mask[:, :2], ids[:, :2] = 0, 3
+    model(input_ids=ids, attention_mask=mask, pixel_values=batch["pixel_values"][:1])
+    assert pool.images(8).shape == (2, 8)
+    assert pool.images(8).abs().max() == 0
+    x = torch.randn(2, 12, 5, dtype=torch.float64)
+    torch.testing.assert_close(pool(x), x[:, 2])
+
+
 @pytest.mark.parametrize("pool", ROUTER_POOLS)
 def test_padding_on_either_side_is_never_pooled(pool):
     image, mask = torch.tensor([[0, 1, 1, 0, 0, 0]]).bool(), torch.ones(1, 6).bool()

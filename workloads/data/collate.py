@@ -12,6 +12,7 @@ from torch import Tensor
 
 from workloads.adapters.base import Trace
 from workloads.data.pool import Sample
+from workloads.llava import images
 from workloads.llava.build import Llava
 
 IGNORE = -100
@@ -126,5 +127,5 @@ def vision(samples: Sequence[Sample], llava: Llava) -> Tensor:
         side = config.vision_config.image_size
         return torch.zeros(1, config.vision_config.num_channels, side, side)
     processor: Any = llava.processor
-    images = [image_HWC for s in samples for image_HWC in s.images_HWC]
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    seen = [image_HWC for s in samples for image_HWC in s.images_HWC]
+    return images.pixels(seen, processor.image_processor, llava.image_aspect)

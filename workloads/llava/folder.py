@@ -1,17 +1,70 @@
-"""Where base models are; loads without torch, so that fingerprints are cheap."""
+"""Where base models are and how they see images; loads without torch, so that fingerprints are cheap."""
 
+import json
+import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from workloads.errors import UserError
+from workloads.schema import ModelConfig
 
-# The class is named, since the automatic choice depends on whether torchvision is installed.
-IMAGE_PROCESSOR = "CLIPImageProcessorPil"
+POCKET = "pocket"
 _POCKET = Path(__file__).parent.parent / "assets" / "base"
+# What is fetched of a model on the hub: no code, and no weights that could hold code.
+_FETCHED = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
 
-def resolve(name_or_path: str) -> Path:
-    """The folder of a base model: the packaged one for `pocket`, else a local folder."""
-    folder = _POCKET if name_or_path == "pocket" else Path(name_or_path)
+def resolve(name_or_path: str, hub: bool = False) -> Path:
+    """The folder of a base model: the packaged one for `pocket`, a local folder, or the hub's copy on this machine.
+
+    `hub` lets the hub be asked for what is not here. Raises `UserError` when there is no such model.
+    """
+    folder = _POCKET if name_or_path == POCKET else Path(name_or_path)
+    if (folder / "config.json").is_file():
+        return folder
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        return _from_hub(name_or_path, hub)
+    raise UserError(f"model.name_or_path: {name_or_path!r} is not allowed; 'pocket' or a model folder")
+
+
+@cache
+def _from_hub(name: str, fetch: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(name, allow_patterns=list(_FETCHED), local_files_only=not fetch)
+        )  # the newest revision that is known here
+    except (OSError, ValueError) as error:
+        hint = "" if fetch else "; set model.hub to true to fetch it"
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name_or_path: {name!r} is no folder and not to be had: {reason}{hint}"
+        ) from None
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.name_or_path: {name_or_path!r} is not allowed; 'pocket' or a model folder")
+        raise UserError(f"model.name_or_path: {name!r} has no config.json")
     return folder
+
+
+def image_processor(model: ModelConfig) -> str:
+    """Name of the class that turns images into pixels.
+
+    The backend is named in it, since the automatic choice depends on whether torchvision is installed.
+    """
+    folder = Path(model.vision_tower) if model.vision_tower else resolve(model.name_or_path, model.hub)
+    nested = _json(folder / "processor_config.json").get("image_processor", {})
+    about = nested or _json(folder / "preprocessor_config.json")
+    given = about.get("image_processor_type") or about.get("feature_extractor_type", "CLIPImageProcessor")
+    plain = re.sub("(Fast|Pil)$", "", str(given).replace("FeatureExtractor", "ImageProcessor"))
+    return plain + ("Pil" if model.image_backend == "pil" else "")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path}: not valid JSON") from None
+    return tree if isinstance(tree, dict) else {}

@@ -23,7 +23,6 @@ from workloads.data.features import Features, tensor_bytes
 from workloads.data.pool import Pool, Sample
 from workloads.errors import UserError
 from workloads.llava.build import Llava
-from workloads.llava.folder import IMAGE_PROCESSOR
 
 # Where the tower sits in a LLaVA.
 _PARENT, _NAME = "model", "vision_tower"
@@ -92,7 +91,11 @@ def stand_in(llava: Llava, levels: Sequence[int]) -> None:
 
 
 def _rows(llava: Llava, samples: Sequence[Sample], levels: Sequence[int]) -> Tensor:
-    """What the tower says of the samples' images (B, L, P, D)."""
+    """What the tower says of the samples' images (B, L, P, D); raises `UserError` unless each has one."""
+    for sample in samples:
+        if len(sample.images_HWC) != 1:
+            reason = f"{sample.id} has {len(sample.images_HWC)} images, and features are kept of exactly one"
+            raise UserError(f"execution.feature_cache: true is not allowed; {reason}")
     tower = tower_of(llava)
     output = tower(vision(samples, llava).to(tower.device, tower.dtype), output_hidden_states=True)
     return torch.stack([output.hidden_states[level] for level in levels], dim=1)
@@ -102,7 +105,9 @@ def _key(llava: Llava, levels: Sequence[int]) -> str:
     """16 hex digits over all that decides a row but the image: weights, shape, processing, levels, PyTorch."""
     tower, processor = tower_of(llava), llava.processor
     images: Any = processor.image_processor  # pyright: ignore[reportAttributeAccessIssue]
-    about = [tower.config.to_dict(), images.to_dict(), IMAGE_PROCESSOR, list(levels), torch.__version__]
+    about = [tower.config.to_dict(), images.to_dict(), type(images).__name__, list(levels), torch.__version__]
+    if llava.image_aspect != "crop":
+        about.append(llava.image_aspect)
     total = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode())
     for name, weight in tower.state_dict().items():
         total.update(f"{name} {weight.dtype} {weight.device.type}".encode())

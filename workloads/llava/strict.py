@@ -1,0 +1,76 @@
+"""Strict checkpoints: exactly the model's weights, by the headers of their safetensors files alone.
+
+Read before loading, since the loader that partitions weights for ZeRO-3 drops unknown ones without a word and
+tells only the first worker of wrong shapes.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from workloads.errors import UserError
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# Buffers that older checkpoints hold and that are computed now.
+_COMPUTED = (r"(^|\.)position_ids$", r"rotary_emb\.inv_freq$")
+
+
+def weight_files(folder: Path, key: str) -> list[Path]:
+    """The safetensors files of a model folder; raises `UserError` about `key` when there are none or one is missing."""
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if (folder / _INDEX).is_file():
+        names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        for name in names:
+            if not (folder / name).is_file() or "/" in name:
+                raise UserError(f"{key}: {folder} lacks {name}, which its index names")
+        return [folder / name for name in names]
+    found = next((path.name for path in sorted(folder.glob("*.bin"))), "")
+    why = f"{found} can hold code and is not read; convert it" if found else "no weights"
+    raise UserError(f"{key}: {folder} has no safetensors files ({why})")
+
+
+def shapes(files: list[Path], key: str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all weights in safetensors files, from their headers."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{key}: {path} is not a whole safetensors file: {error}") from None
+    return found
+
+
+def check(folder: Path, model: PreTrainedModel) -> None:
+    """Raise `UserError` unless `folder` holds exactly the weights of `model`, which may be on the meta device."""
+    key = "model.name_or_path"
+    wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    given: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes(weight_files(folder, key), key).items():
+        own, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        # What several weights are fused into has another shape than each.
+        given[own] = wanted.get(own, shape) if converted else shape
+    ignored = re.compile("|".join([*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    tied = set(getattr(model, "all_tied_weights_keys", {}))
+    told(folder, "missing keys", wanted.keys() - given.keys() - tied)
+    told(
+        folder, "unexpected keys", {name for name in given.keys() - wanted.keys() if not ignored.search(name)}
+    )
+    told(
+        folder, "mismatched keys", {name for name in given if name in wanted and given[name] != wanted[name]}
+    )
+
+
+def told(folder: Path, kind: str, names: set[str]) -> None:
+    """Raise `UserError` about the first of `names`, if there are any."""
+    if names:
+        raise UserError(f"model.name_or_path: {folder} has {kind}: {', '.join(sorted(names)[:5])}")
