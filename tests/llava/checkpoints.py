@@ -27,7 +27,7 @@ TEMPLATE = (
 IMAGE_SIZE, PATCH_SIZE = 28, 14
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 TEXT = (
-    "USER: ASSISTANT: what is this ? which side is the mark on ? where is it ? top left bottom right boot bag "
+    "a USER: a ASSISTANT: what is this ? which side is the mark on ? where is it ? top left bottom right boot bag "
     "A cat. It is a cat on a mat, and the dog sits there. a chat between a curious human and an assistant."
 )
 IMAGES = {
@@ -53,10 +53,16 @@ def write_json(path, tree):
 def write_tokenizer(folder, *added):
     """A Llama tokenizer (BPE with bytes to fall back on, a leading <s>) of about 400 tokens, and the `added` ones."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
+    learner.train_from_iterator([TEXT] * 4, trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    vocabulary = {token: k for k, token in enumerate([*special, *learned["vocab"]])}
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.add_special_tokens(special[:3])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

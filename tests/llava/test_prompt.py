@@ -22,6 +22,7 @@ TALKS = {
     "text only": [("what is a boot ?", "It is this."), ("what ?", "boot")],
     "letters that spell": [("<image>\nwhat ?", "Ünïcode 猫 #42")],
 }
+EXACT = checkpoints.TEMPLATE.replace("+ ' '}}{% endgeneration %}", "}}{% endgeneration %}{{ ' ' }}")
 SYSTEMS = ("", "a chat between a curious human and an assistant.")
 
 
@@ -55,10 +56,12 @@ def theirs(llava, talk, system, **asked):
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     if asked.get("add_generation_prompt"):
         messages.pop()
-    made = llava.processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **asked
-    )
-    return made["input_ids"][0], made["assistant_masks"][0]
+    asked |= {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    made = llava.processor.apply_chat_template(messages, **asked)
+    # The same text, but the space behind an answer is no part of it: it is part of the token "▁USER" that follows.
+    exact = llava.processor.apply_chat_template(messages, chat_template=EXACT, **asked)
+    assert exact["input_ids"] == made["input_ids"]
+    return made["input_ids"][0], exact["assistant_masks"][0]
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -70,6 +73,9 @@ def test_ids_and_labels_are_the_processors_own_with_an_end_token_behind_every_an
     # The template ends every answer with a space, which is a token of its own only at the very end.
     assert llava.prompter.tokenizer.decode(ids[-1:]).strip() == ""
     ids, mask = ids[:-1], mask[:-1]
+    # A space of its own before an answer, which the processor leaves out, has to be said by the model too.
+    blank = [llava.prompter.tokenizer.convert_ids_to_tokens(token) == "▁" for token in ids]
+    mask = [m or (blank[k] and k + 1 < len(mask) and mask[k + 1]) for k, m in enumerate(mask)]
     wanted, labels = [], []
     for k, (token, is_answer) in enumerate(zip(ids, mask, strict=True)):
         wanted.append(token)
@@ -143,7 +149,7 @@ def test_a_template_that_asks_in_another_way_than_it_answers_is_told(llava):
 def test_batches_label_every_answer_and_hold_all_images_in_order(llava):
     samples = [sample(talk) for talk in TALKS.values()]
     batch = train_batch(samples, llava)
-    assert len(batch.vision) == sum(len(s.images_HWC) for s in samples) == 6
+    assert len(batch.vision) == sum(len(s.images_HWC) for s in samples) == 7
     for row, s in enumerate(samples):
         encoded = llava.prompter.encode(s.turns)
         length = len(encoded.ids)

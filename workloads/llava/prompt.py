@@ -62,6 +62,8 @@ class Prompter:
         # A tokenizer that begins every text with its first token does so in a conversation.
         begins = self.tokenizer("a")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         self._begin: list[int] = [self.tokenizer.bos_token_id] if begins else []
+        # Space that the template has before an answer and leaves to the model when it asks for one.
+        self._gap = 0
         self._check()
 
     def prompt(self, turns: Sequence[Turn], system: str = "") -> str:
@@ -98,7 +100,7 @@ class Prompter:
             answer = turn.answer.strip()
             if self.processor.image_token in answer:
                 raise ValueError(f"answer: holds {self.processor.image_token}")
-            spans.append((len(text), len(text) + len(answer)))
+            spans.append((len(text) - self._gap, len(text) + len(answer)))
             text += answer + piece
         made = self.tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False,
@@ -166,13 +168,15 @@ class Prompter:
     def _check(self) -> None:
         turns = [Turn(question=f"{IMAGE}\nwhat ?", answer="this"), Turn(question="where ?", answer="here")]
         try:
-            whole, prefix = self.encode(turns), self.prefix(turns)
+            asked, whole = self._pieces(turns, "", asks=True)[-1], self._pieces(turns, "", asks=False)[-2]
+            self._gap = len(whole) - len(asked)
+            encoded, prefix = self.encode(turns), self.prefix(turns)
         except ValueError as error:
             raise UserError(f"model.name_or_path: its chat template does not serve: {error}") from None
-        if whole.ids[: whole.prompt_length] != prefix:
-            text = self.prompt(turns)
+        fits = whole.startswith(asked) and not whole[len(asked) :].strip()
+        if not fits or encoded.ids[: encoded.prompt_length] != prefix:
             raise UserError(
-                f"model.name_or_path: its chat template asks for an answer by {text[-20:]!r} and renders it otherwise"
+                f"model.name_or_path: its chat template asks for an answer by {asked[-20:]!r} and renders it otherwise"
             )
 
 
