@@ -1,0 +1,63 @@
+"""Sets of the Hugging Face Hub by name, or a set's folder on disk: `name`, its `subset`, and names of its splits.
+
+`datasets` downloads and keeps them; no set brings code. What identifies a set is the content of its Arrow files.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from workloads.data import tables
+from workloads.data.formats import Part
+from workloads.data.rows import Row
+from workloads.errors import UserError, require
+
+VERSION = "1"
+
+
+def files(part: Part) -> list[Path]:
+    """The Arrow files that `datasets` keeps of the split."""
+    part.refuse("annotations", "images")
+    return [Path(file["filename"]) for file in _loaded(part).cache_files]
+
+
+def rows(part: Part) -> Iterator[Row]:
+    """The rows of the split; images are not decoded."""
+    found, folder = _loaded(part), _folder(part) or Path(HF_HUB_CACHE).resolve()
+    columns = tables.chosen(part, found.column_names)
+    for position, record in enumerate(found.select_columns(list(dict.fromkeys(columns.values())))):
+        values = {ours: dict(record)[theirs] for ours, theirs in columns.items()}
+        yield tables.row_of(values, position, folder)
+
+
+def _folder(part: Part) -> Path | None:
+    """The set's folder, where it is on disk."""
+    path = part.root / Path(part.config.name).expanduser()
+    return path.resolve() if path.is_dir() else None
+
+
+def _loaded(part: Part) -> datasets.Dataset:
+    """The split as `datasets` has it; raises `UserError` when it cannot be had."""
+    config, key = part.config, f"data.domains.{part.domain}"
+    require(bool(config.name), f"{key}.name", config.name, "name of a set on the hub, or its folder")
+    where = str(_folder(part) or config.name)
+    try:
+        found: Any = datasets.load_dataset(where, config.subset or None, split=part.named)
+    except (
+        Exception
+    ) as error:  # of datasets, of the hub's client, of the file's format: they share no base class
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{key}.name: {config.name!r} ({part.named}) cannot be loaded: {reason}") from None
+    return found.cast(datasets.Features({name: _bare(f) for name, f in found.features.items()}))
+
+
+def _bare(feature: Any) -> Any:
+    """The feature with images left as bytes and paths."""
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, datasets.List):
+        return datasets.List(_bare(feature.feature))
+    return feature

@@ -1,0 +1,75 @@
+"""Images of rows: paths that stay inside their folder, files read only there, bytes decoded or refused.
+
+A row's path is `FOLDER/./NAME`, as rsync writes paths whose part after the dot counts: every reader can tell that
+a symbolic link leads out of FOLDER.
+"""
+
+import io
+import os
+import posixpath
+import stat
+import threading
+import warnings
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 64_000_000
+MAX_BYTES = 256_000_000
+_MARK = "/./"
+# `warnings.catch_warnings` changes the process, and images are decoded in threads.
+_OPENING = threading.Lock()
+
+
+def placed(folder: Path, name: str) -> dict[str, Any]:
+    """The image `name` of `folder` as a row holds it; raises `ValueError` when the name leads elsewhere.
+
+    `folder` is resolved already. Whether the file exists is found when it is read.
+    """
+    if not name or "\0" in name:
+        raise ValueError(f"image: {name!r} is no path")
+    if name.startswith("/") or PureWindowsPath(name).drive:
+        raise ValueError(f"image: {name!r} is absolute")
+    clean = posixpath.normpath(name)
+    if clean in (".", "..") or clean.startswith("../"):
+        raise ValueError(f"image: {name!r} leaves the image folder")
+    return {"bytes": None, "path": f"{folder}{_MARK}{clean}"}
+
+
+def read(image: Mapping[str, Any]) -> bytes:
+    """The bytes of an image of a row; raises `ValueError` when there are none, or when they are not its own."""
+    if image["bytes"]:
+        return bytes(image["bytes"])
+    if not image["path"]:
+        raise ValueError("image: missing")
+    folder, mark, _ = image["path"].partition(_MARK)
+    try:
+        real = Path(os.path.realpath(image["path"]))
+        if mark and not real.is_relative_to(os.path.realpath(folder)):
+            raise ValueError("image: a symbolic link leaves the image folder")
+        state = real.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise ValueError("image: not a file")
+        if state.st_size > MAX_BYTES:
+            raise ValueError(f"image: {state.st_size} bytes, at most {MAX_BYTES}")
+        return real.read_bytes()
+    except FileNotFoundError:
+        raise ValueError("image: missing") from None
+    except OSError as error:
+        raise ValueError(f"image: cannot be read: {error.strerror}") from None
+
+
+def decode(data: bytes) -> np.ndarray:
+    """PNG or JPEG bytes to uint8 RGB (H, W, 3); raises `ValueError` on anything that is not a whole image."""
+    try:
+        with _OPENING, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
+        return np.asarray(image.convert("RGB"))
+    except Exception as error:  # on malformed files Pillow raises many kinds, which share no base class
+        raise ValueError(f"image: {error}") from None
