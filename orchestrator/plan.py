@@ -22,11 +22,10 @@ from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.trials import Trial, distinct, fixed, search_points
 from workloads.config import RunConfig
+from workloads.data import mixture, sources
 from workloads.record import RunRecord, is_finished, load, write_json
 
 UNKNOWN = "not measured"
-# Evaluation items of a domain when `eval.domains` names none: the pocket source has three domains.
-_ALL_DOMAINS = 3
 # The driver, Ray's own processes and MLflow, in bytes.
 _BASE_BYTES = 1_200_000_000
 
@@ -46,13 +45,17 @@ class Rate:
 
 
 def samples(config: RunConfig) -> int:
-    """Training samples of a run."""
-    return sum(round(weight * config.data.samples) for weight in config.data.mixture.values())
+    """Training samples of a run; of a budget in tokens, as many as there are when each is as long as allowed."""
+    data, source = config.data, sources.of(config.data)
+    sizes = {domain: source.size(domain, "train") for domain in mixture.domains(data)}
+    parts = mixture.multiples(data, sizes)
+    longest = data.max_length if data.tokens else 1
+    return sum(round(part * mixture.unit(data) / longest) for part in parts.values())
 
 
 def eval_items(config: RunConfig) -> int:
     """Items that a run answers."""
-    return config.eval.samples * (len(config.eval.domains) or _ALL_DOMAINS)
+    return config.eval.samples * len(sources.evaluated(config))
 
 
 def rate_of(record: RunRecord, folder: Path) -> Rate:

@@ -17,6 +17,7 @@ from workloads.schema import (
     SCHEMA_VERSION,
     AdapterConfig,
     DataConfig,
+    DomainConfig,
     EvalConfig,
     ExecutionConfig,
     ModelConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "AdapterConfig",
     "DataConfig",
+    "DomainConfig",
     "EvalConfig",
     "ExecutionConfig",
     "ModelConfig",
@@ -35,6 +37,7 @@ __all__ = [
     "RunConfig",
     "apply_overrides",
     "check",
+    "data_from_tree",
     "from_tree",
     "load",
     "methods",
@@ -57,7 +60,8 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     require_known("", tree, [f.name for f in dataclasses.fields(RunConfig)])
     parts: dict[str, Any] = {}
     for name, kind in _SECTIONS.items():
-        parts[name] = _section(kind, rest.pop(name, {}), name)
+        part = rest.pop(name, {})
+        parts[name] = _data(part) if kind is DataConfig else _section(kind, part, name)
     for key, kind in (("schema_version", int), ("seed", int), ("name", str), ("init_from", str)):
         if key in rest:
             fits = isinstance(rest[key], kind) and not isinstance(rest[key], bool)
@@ -74,6 +78,13 @@ _SECTIONS: dict[str, type] = {
     "eval": EvalConfig,
     "execution": ExecutionConfig,
 }
+
+
+def data_from_tree(tree: Mapping[str, Any]) -> DataConfig:
+    """The section `data` alone, checked but for its mixture; raises `UserError` on any mistake."""
+    data = _data(tree)
+    _check_domains(data)
+    return data
 
 
 def to_tree(config: RunConfig) -> dict[str, Any]:
@@ -128,6 +139,16 @@ def _adapter_from_tree(tree: Any) -> AdapterConfig:
     return _section(kind, tree, "adapter")
 
 
+def _data(tree: Any) -> DataConfig:
+    """The section `data`; unknown keys of a domain are told by their nearest."""
+    domains = tree.get("domains") if isinstance(tree, Mapping) else None
+    if isinstance(domains, Mapping):
+        for name, part in domains.items():
+            require(isinstance(part, Mapping), f"data.domains.{name}", part, "a mapping with a `format`")
+            require_known(f"data.domains.{name}.", part, [f.name for f in dataclasses.fields(DomainConfig)])
+    return _section(DataConfig, tree, "data")
+
+
 def _section(kind: type, tree: Mapping[str, Any], where: str) -> Any:
     """One checked dataclass; strings that YAML would read as numbers are accepted as OmegaConf reads them."""
     require(isinstance(tree, Mapping), where, tree, "a mapping")
@@ -155,12 +176,10 @@ def check(config: RunConfig) -> None:
     data, optim, ev, ex = config.data, config.optim, config.eval, config.execution
     version = config.schema_version
     require(version == SCHEMA_VERSION, "schema_version", version, f"this version reads {SCHEMA_VERSION}")
-    require(bool(data.mixture), "data.mixture", data.mixture, "name at least one domain with its weight")
-    for domain, weight in data.mixture.items():
-        require(weight >= 0, f"data.mixture.{domain}", weight, "a weight is 0 or more")
-    require(sum(data.mixture.values()) > 0, "data.mixture", data.mixture, "at least one weight above 0")
+    _check_domains(data)
+    _check_mixture(data)
     for key, value in (
-        *((f"data.{key}", getattr(data, key)) for key in ("samples", "max_length")),
+        ("data.max_length", data.max_length),
         *((f"eval.{key}", getattr(ev, key)) for key in ("samples", "max_new_tokens")),
         ("optim.global_batch", optim.global_batch),
         ("execution.workers", ex.workers),
@@ -198,3 +217,33 @@ def _check_model(model: ModelConfig) -> None:
             require(bool(parts[key]), f"model.{key}", parts[key], allowed)
         named = model.name_or_path
         require(named == ModelConfig().name_or_path, "model.name_or_path", named, "leave it out beside parts")
+
+
+def _check_domains(data: DataConfig) -> None:
+    """Names of domains are parts of file names and metrics; only `files` has any."""
+    few = not data.domains or data.source == "files"
+    require(few, "data.source", data.source, "`data.domains` is for the source 'files'", ["files"])
+    for name, domain in data.domains.items():
+        fits = re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name) is not None
+        require(fits, "data.domains", name, "letters, digits, '_' and '-', a letter or digit first")
+        splits = (domain.train, domain.val, domain.test)
+        require(any(splits), f"data.domains.{name}", splits, "name the file of train, val or test")
+
+
+def _check_mixture(data: DataConfig) -> None:
+    """Weights, budgets, temperature and caps."""
+    require(bool(data.mixture), "data.mixture", data.mixture, "name at least one domain with its weight")
+    for domain, weight in data.mixture.items():
+        require(weight >= 0, f"data.mixture.{domain}", weight, "a weight is 0 or more")
+    require(sum(data.mixture.values()) > 0, "data.mixture", data.mixture, "at least one weight above 0")
+    for key in ("samples", "tokens", "temperature"):
+        value = getattr(data, key)
+        require(value >= 0, f"data.{key}", value, "0 or more")
+    require_known("data.caps.", data.caps, data.mixture)
+    for domain, cap in data.caps.items():
+        require(cap >= 1, f"data.caps.{domain}", cap, "a whole number of 1 or more")
+    if data.samples == 0 and data.tokens == 0:
+        allowed = "all samples (data.samples: 0) have shares of their own"
+        require(data.temperature == 0, "data.temperature", data.temperature, allowed)
+        allowed = "all samples (data.samples: 0) are 'fresh', or start anew with 'cycle'"
+        require(data.upsample != "repeat", "data.upsample", data.upsample, allowed)

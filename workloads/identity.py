@@ -3,16 +3,16 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from workloads.config import SCHEMA_VERSION, ModelConfig, RunConfig, to_tree
-from workloads.data import sources
+from workloads.data import mixture, sources
+from workloads.data.hashes import hash_files
 from workloads.errors import UserError
 from workloads.llava.folder import POCKET, image_processor, resolve
+from workloads.schema import DataConfig
 
 # Parts of the configuration that name or place a run without changing its numbers.
 _NOT_IDENTITY = ("name", "execution", "schema_version")
@@ -37,10 +37,8 @@ def _reduced(config: RunConfig) -> dict[str, Any]:
     tree["model"] = _reduced_model(config.model, tree["model"])
     tree["adapter"] = {**asdict(config.adapter.without_files()), **config.adapter.identity()}
     tree["adapter_files"] = _hash_adapter_files(config.adapter.files())
-    del tree["data"]["max_rejected"]  # decides whether a run goes on, not what it computes
-    tree["data"]["mixture"] = {domain: weight for domain, weight in config.data.mixture.items() if weight > 0}
-    available = sources.find(config.data.source).available(config.eval.split)
-    tree["eval"]["domains"] = sorted(set(config.eval.domains or available))
+    tree["data"] = _data(tree["data"], config.data)
+    tree["eval"]["domains"] = sources.evaluated(config)
     return tree
 
 
@@ -57,6 +55,18 @@ def _reduced_model(model: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if model.vce or not key.startswith("vce")}
 
 
+def _data(tree: dict[str, Any], data: DataConfig) -> dict[str, Any]:
+    """The section `data` without places, which the hash of their contents stands for, and without what is not used."""
+    # `max_rejected` decides whether a run goes on, not what it computes.
+    unused = {"root", "domains", "max_rejected", "samples" if data.tokens else "tokens"}
+    unused |= {key for key in ("temperature", "caps") if not getattr(data, key)}
+    used = mixture.domains(data)
+    parts = {"mixture": {domain: data.mixture[domain] for domain in data.mixture if domain in used}}
+    if data.caps:
+        parts["caps"] = {domain: cap for domain, cap in data.caps.items() if domain in used}
+    return {**{key: value for key, value in tree.items() if key not in unused}, **parts}
+
+
 def _hash_adapter_files(paths: list[Path]) -> str:
     for path in paths:
         if not path.is_file():
@@ -66,14 +76,12 @@ def _hash_adapter_files(paths: list[Path]) -> str:
 
 def identity(config: RunConfig) -> dict[str, str]:
     """Versions and content hashes behind the names in `config`: model, data, method, scorer, image processor, VCE."""
-    from workloads.evaluation.scorers import SCORER_VERSION
-
     method = importlib.import_module(f"workloads.adapters.{config.adapter.name}")
     return {
         "model": model_hash(config.model),
-        "data": data_hash(config.data.source),
+        "data": data_hash(config),
         "method": f"{config.adapter.name}-{method.VERSION}",
-        "scorer": SCORER_VERSION,
+        "scorer": _scorers(config),
         "image_processor": image_processor(config.model),
         **({"vce": _vce(config.model)} if config.model.vce else {}),
     }
@@ -102,28 +110,23 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.is_file() and p.name not in _ABOUT_A_MODEL)
 
 
-def data_hash(source: str) -> str:
-    """The source's own version and the hash of its raw files; raises `UserError` when there is no such source."""
-    module = sources.find(source)
-    return f"{module.VERSION}-{hash_files(module.files())}"
+def data_hash(config: RunConfig) -> str:
+    """Version and content of all that a run trains on and is scored on; raises `UserError` on unknown names."""
+    source, split = sources.of(config.data), config.eval.split
+    parts = [(domain, "train") for domain in mixture.domains(config.data)]
+    parts += [(domain, split) for domain in sources.evaluated(config)]
+    digests = {f"{domain} {split}": source.digest(domain, split) for domain, split in parts}
+    if len(set(digests.values())) == 1:  # as of a packaged set, which is one whole
+        return next(iter(digests.values()))
+    return f"{config.data.source}-{hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """16 hex digits over names and contents, in the order given."""
-    total = hashlib.sha256()
-    for path in paths:
-        total.update(path.name.encode() + b"\0" + bytes.fromhex(sha256(path)))
-    return total.hexdigest()[:16]
+def _scorers(config: RunConfig) -> str:
+    """The version of the scorer, or of each domain's where there are several."""
+    from workloads.evaluation.scorers import find
 
-
-def sha256(path: Path) -> str:
-    """SHA-256 of one file in hex digits; an unchanged file is read once."""
-    state = path.stat()
-    return _digest(path, state.st_size, state.st_mtime_ns).hex()
-
-
-@cache
-def _digest(path: Path, size: int, changed: int) -> bytes:
-    """Hash of one file; size and time of change are the cache's key, so that a changed file is read again."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    source = sources.of(config.data)
+    versions = {domain: find(source.scorer(domain)).version for domain in sources.evaluated(config)}
+    if len(set(versions.values())) == 1:
+        return next(iter(versions.values()))
+    return ", ".join(f"{domain} {version}" for domain, version in versions.items())

@@ -26,11 +26,13 @@ from workloads.training.loop import Trained
 
 def domain_scores(config: RunConfig, answered: Answered) -> dict[str, DomainScore]:
     """Mean scores of each domain, beside the score of always giving the usual training answer."""
-    source = sources.find(config.data.source)
+    source = sources.of(config.data)
+    trained = source.domains("train")
     scores: dict[str, DomainScore] = {}
     for domain, loss in answered.losses.items():
         rows = [row for row in answered.predictions if row["domain"] == domain]
-        usual = majority(*pool.last_turns(source.load(domain, "train")))
+        known = pool.last_turns(source.load(domain, "train")) if domain in trained else ([], [])
+        usual = majority(*known)
         types = sorted({row["question_type"] for row in rows})
         groups = {t: [row["score"] for row in rows if row["question_type"] == t] for t in types}
         scores[domain] = DomainScore(

@@ -44,11 +44,11 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         return record.load(folder)
     described = environment.describe()
     llava = _base(config)
-    domains = sorted(config.eval.domains or sources.find(config.data.source).available(config.eval.split))
-    pools = _pools(config, llava, list(mixture.counts(config.data)), "train")
-    eval_pools = _pools(config, llava, domains, config.eval.split)
+    pools = _pools(config, llava, mixture.domains(config.data), "train")
+    eval_pools = _pools(config, llava, sources.evaluated(config), config.eval.split)
     rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
-    stream = mixture.stream(config.data, {d: p.accepted for d, p in pools.items()}, config.seed)
+    lengths = {d: p.lengths for d, p in pools.items()}
+    stream = mixture.stream(config.data, {d: p.accepted for d, p in pools.items()}, config.seed, lengths)
     items = {d: _first(config, d, p) for d, p in eval_pools.items()}
     if config.execution.feature_cache:
         pools, eval_pools = _seen_once(config, llava, (pools, stream), (eval_pools, items))
@@ -218,11 +218,7 @@ def check_context(config: RunConfig, llava: Llava) -> None:
 
 
 def _pools(config: RunConfig, llava: Llava, domains: list[str], split: str) -> dict[str, Pool]:
-    data = config.data
-    return {
-        domain: pool.load(data.source, domain, split, llava.prompter, data.max_length, data.blind)
-        for domain in domains
-    }
+    return {domain: pool.load(config.data, domain, split, llava.prompter) for domain in domains}
 
 
 def _first(config: RunConfig, domain: str, items: Pool) -> list[int]:

@@ -39,16 +39,50 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DomainConfig:
+    """Where the samples of one domain of the source `files` are; paths are relative to `data.root`."""
+
+    # A file of workloads/data/formats.
+    format: str = ""
+    # The file of each split (Parquet: a file, a folder or a pattern; hub: a split's name); empty: there is none.
+    train: str = ""
+    val: str = ""
+    test: str = ""
+    # Folder that the records' image paths start from, and never leave.
+    images: str = ""
+    # Answers that are kept apart from the questions: ScienceQA's folder, VQA answers, COCO captions.
+    annotations: str = ""
+    # Format hub: name of the set, or its folder, and its configuration. Format prism: name of the task.
+    name: str = ""
+    subset: str = ""
+    # Formats parquet and hub: our name of a column -> its name there.
+    columns: dict[str, str] = field(default_factory=dict)
+    # A scorer of workloads/evaluation/scorers.
+    scorer: str = "exact"
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which samples a run trains on, in which shares."""
 
+    # A file of workloads/data/sources: a packaged set, or `files` for those that `domains` describes.
     source: str = "pocket"
+    # Folder of all files; a place, no part of the identity.
+    root: str = ""
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
     # Domain -> weight; a domain of weight w contributes round(w * samples) samples.
     mixture: dict[str, float] = field(default_factory=dict)
-    # Samples of a domain of weight 1.
+    # Samples of a domain of weight 1; 0: all of its samples.
     samples: int = 2000
-    # How a weight above 1 is filled: with fresh samples, or by repeating the first `samples` ones.
-    upsample: Literal["fresh", "repeat"] = "fresh"
+    # Above 0, the budget is in tokens: those of a domain of weight 1, image and prompt included.
+    tokens: int = 0
+    # Above 0, shares follow sizes: p_d ~ weight_d * n_d ** (1 / temperature); the total stays the same.
+    temperature: float = 0.0
+    # Domain -> most different samples of it that are used; it counts as if it had no more.
+    caps: dict[str, int] = field(default_factory=dict)
+    # How a budget above a domain's size or a weight above 1 is filled: with fresh samples, which have to be
+    # there, by repeating the first `samples` ones, or by starting anew whenever the domain is exhausted.
+    upsample: Literal["fresh", "repeat", "cycle"] = "fresh"
     # Replace every image by mid-grey: the blind baseline.
     blind: bool = False
     # Longest sequence in tokens, image tokens included; a longer sample is rejected.

@@ -7,7 +7,7 @@ import torch
 
 from tests.training.runs import do, small
 from workloads import record
-from workloads.config import ModelConfig
+from workloads.config import DataConfig, ModelConfig
 from workloads.data import pool
 from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
 from workloads.data.collate import vision
@@ -25,7 +25,7 @@ def own_cache(tmp_path, monkeypatch):
     here = tmp_path / "cache"
     here.mkdir()
     llava = build(ModelConfig(), "fp32")
-    pool.load("pocket", "document", SPLIT, llava.prompter, 128)  # composed and vetted, if they were not
+    pool.load(DataConfig(), "document", SPLIT, llava.prompter)  # composed and vetted, if they were not
     for part in ("pocket", "vetted"):
         (here / part).symlink_to(cache_dir() / part)
     monkeypatch.setenv(ENVIRONMENT_KEY, str(here))
@@ -35,7 +35,7 @@ def own_cache(tmp_path, monkeypatch):
 def filled(blind=False, indices=(3, 40, 7), change=lambda llava: None):
     llava = build(ModelConfig(), "fp32")
     change(llava)
-    plain = pool.load("pocket", "document", SPLIT, llava.prompter, 128, blind)
+    plain = pool.load(DataConfig(blind=blind), "document", SPLIT, llava.prompter)
     (opened,) = tower.with_features(llava, [plain], LEVELS)
     tower.fill(llava, opened, indices, LEVELS)
     return llava, plain, opened

@@ -136,12 +136,12 @@ def test_a_folder_without_tasks_is_told(tmp_path):
 
 
 def test_collecting_walks_on_from_a_trained_lora_and_states_the_task(tmp_path):
-    from workloads.config import ModelConfig
+    from workloads.config import DataConfig, ModelConfig
     from workloads.data import pool
     from workloads.llava.build import build
 
     llava = build(ModelConfig(), "fp32")
-    samples = pool.load("pocket", "general", "train", llava.prompter, 128)
+    samples = pool.load(DataConfig(), "general", "train", llava.prompter)
     chosen = [samples.sample(samples.accepted[i]) for i in range(4)]
     single = torch.stack([icm.task_vector(llava, [sample]) for sample in chosen])
     config = lora.Config(rank=1)

@@ -21,7 +21,7 @@ from tests.adapters.minimal import TASKS, cases, make_config, sorting_pays
 from tests.training.runs import two_processes
 from workloads import adapters
 from workloads.adapters.base import Trace
-from workloads.config import RunConfig, from_tree
+from workloads.config import DataConfig, RunConfig, from_tree
 from workloads.data import pool
 from workloads.data.mixture import Slot
 from workloads.llava.build import build, projector_weights, train_projector
@@ -85,7 +85,7 @@ def work(folder: Path, stage: int):
     """Train all methods one after the other as one of two workers; rank 0 writes what was reported."""
     engine.join()
     prompter = build(config_of(folder, {"name": "lora"}).model, "fp32").prompter
-    pools = {task: pool.load("pocket", task, "train", prompter, 128) for task in TASKS}
+    pools = {task: pool.load(DataConfig(), task, "train", prompter) for task in TASKS}
     found = {}
     for case in cases():
         print(case, file=sys.stderr, flush=True)

@@ -26,7 +26,7 @@ from workloads import adapters
 from workloads.adapters.base import Attached, Trace
 from workloads.benchmarks.cases import Case, Size
 from workloads.benchmarks.peers import LoopBlock, StackBlock, peft_lora
-from workloads.config import ModelConfig
+from workloads.config import DataConfig, ModelConfig
 from workloads.data import pool
 from workloads.data.collate import Batch, train_batch
 from workloads.llava import tower
@@ -145,7 +145,7 @@ def training_step(tree: dict[str, Any], batch_size: int) -> Callable[[], None]:
     """A training step (forward, losses, backward, AdamW) of an adapter on the pocket model, its features cached."""
     llava, trace = build(ModelConfig(), "fp32"), Trace()
     levels = tower.levels_of(llava, [])
-    plain = pool.load("pocket", "general", "train", llava.prompter, 128)
+    plain = pool.load(DataConfig(), "general", "train", llava.prompter)
     (samples,) = tower.with_features(llava, [plain], levels)
     tower.fill(llava, samples, range(batch_size), levels)
     tower.stand_in(llava, levels)

@@ -1,29 +1,24 @@
 """Pools: a source's samples of one domain and split, vetted once; bad samples are counted, named, set aside."""
 
 import hashlib
-import io
-import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
-from workloads import record
-from workloads.data import sources
-from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
+from workloads.config import DataConfig
+from workloads.data import sources, vetting
+from workloads.data.cache import cache_dir
 from workloads.data.features import Features
+from workloads.data.images import decode, read
 from workloads.data.mixture import Slot
+from workloads.data.rows import IMAGE
+from workloads.data.vetting import images_of, turns_of
 from workloads.errors import UserError
-from workloads.identity import data_hash
-from workloads.llava.prompt import IMAGE, Prompter, Turn
-
-MAX_PIXELS = 64_000_000
+from workloads.llava.prompt import Prompter, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +27,6 @@ class Rejected:
 
     id: str
     reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What vetting found of one sample: a fault, or the hash of its decoded content."""
-
-    id: str
-    fault: str = ""
-    digest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +68,8 @@ class Pool:
     rejected: list[Rejected]
     # Hash of every sample's decoded pixels and text; empty for a rejected one.
     digests: list[str]
+    # Tokens of every sample; 0 for a rejected one.
+    lengths: Sequence[int] = ()
     # Every image is replaced by mid-grey: the blind baseline.
     blind: bool = False
     # What the vision tower says of the images, where that is cached; the images are not decoded then.
@@ -104,20 +92,8 @@ class Pool:
         )
 
     def _image(self, image: Mapping[str, Any]) -> np.ndarray:
-        image_HWC = decode(image["bytes"] or Path(image["path"]).read_bytes())
+        image_HWC = decode(read(image))
         return np.full_like(image_HWC, 128) if self.blind else image_HWC
-
-
-def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:
-    """The turns of a row; the short form (image, question, answer) is one turn with its image in front."""
-    if "turns" not in row:
-        return (Turn(question=f"{IMAGE}\n{row['question']}", answer=row["answer"]),)
-    return tuple(Turn(question=turn["question"], answer=turn["answer"]) for turn in row["turns"])
-
-
-def images_of(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The images of a row in either form, each with its bytes or its path."""
-    return row["images"] if "images" in row else [row["image"]]
 
 
 def asked(turns: Sequence[Turn]) -> str:
@@ -130,77 +106,34 @@ def last_turns(rows: datasets.Dataset) -> tuple[list[str], list[str]]:
     if "turns" not in rows.column_names:
         texts = rows.select_columns(["question", "answer"])
         return list(texts["question"]), list(texts["answer"])
-    turns = [turns_of(dict(row)) for row in rows.select_columns(["turns"])]
+    turns = [turns_of(dict(row)) for row in rows.select_columns(["turns"]) if dict(row)["turns"]]
     return [asked(each) for each in turns], [each[-1].answer for each in turns]
 
 
-def decode(data: bytes) -> np.ndarray:
-    """PNG or JPEG bytes to uint8 RGB (H, W, 3); raises `ValueError` on anything that is not a whole image."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"image of {image.width} x {image.height} pixels")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"image: {error}") from None
-
-
-def load(
-    source_name: str, domain: str, split: str, prompter: Prompter, max_length: int, blind: bool = False
-) -> Pool:
-    """A vetted pool; verdicts and digests are cached under a key of the data and the tokenizer.
+def load(data: DataConfig, domain: str, split: str, prompter: Prompter) -> Pool:
+    """A vetted pool; verdicts are cached under a key of the samples, their pictures' place and the tokenizer.
 
     Raises `UserError` when the cache cannot be written.
     """
-    rows: datasets.Dataset = sources.find(source_name).load(domain, split)
-    rows = rows.cast_column("image", datasets.Image(decode=False))
-    settings = f"{data_hash(source_name)} {prompter.version} {max_length}".encode()
-    key = f"{source_name}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
-    path = cache_dir() / "vetted" / f"{key}.json"
-    if not path.is_file():
-        _keep(path, vet(rows, prompter, max_length))
-    verdicts = [Verdict(**tree) for tree in json.loads(path.read_text(encoding="utf-8"))]
+    source = sources.of(data)
+    rows = source.load(domain, split)
+    if "image" in rows.column_names:
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    held = f"{source.digest(domain, split)} {source.place(domain)}".strip()
+    settings = f"{held} {prompter.version} {data.max_length}".encode()
+    key = f"{data.source}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
+    verdicts = vetting.verdicts(cache_dir() / "verdicts" / f"{key}.json", rows, prompter, data.max_length)
+    faults = [(i, verdict.fault) for i, verdict in enumerate(verdicts) if verdict.fault]
     return Pool(
-        key=f"{key}-blind" if blind else key,
+        key=f"{key}-blind" if data.blind else key,
         domain=domain,
         rows=rows,
         accepted=[i for i, verdict in enumerate(verdicts) if not verdict.fault],
-        rejected=[Rejected(id=v.id, reason=v.fault) for v in verdicts if v.fault],
+        rejected=[Rejected(id=str(rows[i]["id"]), reason=fault) for i, fault in faults],
         digests=[verdict.digest for verdict in verdicts],
-        blind=blind,
+        lengths=[verdict.length for verdict in verdicts],
+        blind=data.blind,
     )
-
-
-def _keep(path: Path, verdicts: list[Verdict]) -> None:
-    try:
-        record.write_json(path, [asdict(verdict) for verdict in verdicts])
-    except OSError as error:
-        reason = f"cannot write in {path.parent}: {error.strerror}; name a folder that can be written"
-        raise UserError(f"{ENVIRONMENT_KEY}: {reason}") from None
-
-
-def vet(rows: datasets.Dataset, prompter: Prompter, max_length: int) -> list[Verdict]:
-    """The verdict on every sample: a bad image, an empty answer and too many tokens are faults."""
-    return [_verdict(dict(row), prompter, max_length) for row in rows]
-
-
-def _verdict(row: dict[str, Any], prompter: Prompter, max_length: int) -> Verdict:
-    name, image = str(row["id"]), row["image"] or {}
-    if not image.get("bytes"):
-        return Verdict(id=name, fault="image: missing")
-    if not row["answer"].strip():
-        return Verdict(id=name, fault="answer: empty")
-    try:
-        length = len(prompter.encode(turns_of(row)).ids)
-        if length > max_length:
-            return Verdict(id=name, fault=f"length: {length} tokens, at most {max_length}")
-        pixels = decode(image["bytes"])
-    except ValueError as error:
-        return Verdict(id=name, fault=str(error))
-    content = f"{row['question']}\0{row['answer']}\0".encode() + pixels.tobytes()
-    return Verdict(id=name, digest=hashlib.sha256(content).hexdigest()[:16])
 
 
 def content_hash(pools: Mapping[str, Pool], slots: Iterable[Slot]) -> str:

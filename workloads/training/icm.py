@@ -27,7 +27,7 @@ from torch import Tensor
 
 from workloads import adapters
 from workloads.adapters.icm_lora import CVAE, Generator, Layout, Shape, layout_of, load_generator
-from workloads.config import ModelConfig
+from workloads.config import DataConfig, ModelConfig
 from workloads.data import pool
 from workloads.data.collate import prompt_batch, train_batch
 from workloads.data.pool import Pool, Sample
@@ -92,8 +92,8 @@ def collect(start: Path, domains: Sequence[str], out: Path, plan: Collecting) ->
     """Train the LoRA in `start` on, and save it now and then under `out`, beside the task vector of `domains`."""
     adapter = _plain_lora(start)
     llava = build(ModelConfig(name_or_path=adapter["base_model_name_or_path"]), "fp32")
-    prompter, longest = llava.prompter, plan.max_length
-    pools = [pool.load(plan.source, domain, "train", prompter, longest) for domain in domains]
+    data = DataConfig(source=plan.source, max_length=plan.max_length)
+    pools = [pool.load(data, domain, "train", llava.prompter) for domain in domains]
     out.mkdir(parents=True, exist_ok=True)
     vector = task_vector(llava, [_turn(pools, i) for i in range(plan.num_samples)])
     save_file({"vector": vector}, out / _TASK)
