@@ -1,15 +1,15 @@
 """Vetting: every bad sample is counted and named, and too many stop the run."""
 
 import io
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
 
-from workloads.config import ModelConfig
-from workloads.data import pool, sources
+from workloads.config import DataConfig, ModelConfig
+from workloads.data import pool, sources, vetting
 from workloads.data.cache import ENVIRONMENT_KEY
 from workloads.errors import UserError
 from workloads.llava.build import build
@@ -47,8 +47,8 @@ def test_each_bad_sample_is_named_with_its_reason(prompter):
         (png(), "boot"), (png()[:200], "boot"), (None, "boot"), (png(), "  "), (b"not an image", "boot"),
         (png(), "A" * 300), (png(mode="L"), "boot"),
     )  # fmt: skip
-    verdicts = pool.vet(data, prompter, max_length=128)
-    faults = {v.id: v.fault for v in verdicts if v.fault}
+    verdicts = vetting.vet(data, prompter, max_length=128)
+    faults = {row["id"]: v.fault for row, v in zip(data, verdicts, strict=True) if v.fault}
     assert sorted(faults) == ["s1", "s2", "s3", "s4", "s5"]
     assert "image" in faults["s1"]
     assert faults["s2"] == "image: missing"
@@ -60,7 +60,7 @@ def test_each_bad_sample_is_named_with_its_reason(prompter):
 
 def test_accepted_and_rejected_make_the_total(prompter):
     data = rows((png(), "boot"), (None, "boot"))
-    verdicts = pool.vet(data, prompter, max_length=128)
+    verdicts = vetting.vet(data, prompter, max_length=128)
     assert len(verdicts) == len(data)
     assert sum(bool(v.fault) != bool(v.digest) for v in verdicts) == len(data)
 
@@ -71,7 +71,7 @@ def test_digest_follows_pixels_and_text_and_not_the_file(prompter):
     image.save(one, "PNG", compress_level=1)
     image.save(two, "PNG", compress_level=9)
     data = rows((one.getvalue(), "boot"), (two.getvalue(), "boot"), (one.getvalue(), "bag"), (png(), "boot"))
-    digests = [v.digest for v in pool.vet(data, prompter, max_length=128)]
+    digests = [v.digest for v in vetting.vet(data, prompter, max_length=128)]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -111,28 +111,47 @@ def test_an_unknown_source_names_the_nearest():
         sources.find("poket")
 
 
-def test_an_unwritable_cache_is_told_in_one_line(prompter, tmp_path, monkeypatch):
-    small = SimpleNamespace(load=lambda domain, split: rows((png(), "boot")), VERSION="1", files=list)
-    monkeypatch.setattr(sources, "find", lambda name: small)
+@dataclass(frozen=True)
+class Small:
+    """A source of one good sample."""
+
+    held: datasets.Dataset
+
+    def load(self, domain, split):
+        return self.held
+
+    def digest(self, domain, split):
+        return "1"
+
+    def place(self, domain):
+        return ""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "of", lambda data: Small(rows((png(), "boot"))))
     monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path))
-    assert pool.load("small", "general", "val", prompter, 128).accepted == [0]
+    return DataConfig()
+
+
+def test_an_unwritable_cache_is_told_in_one_line(small, prompter, tmp_path, monkeypatch):
+    assert pool.load(small, "general", "val", prompter).accepted == [0]
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path / "file"))
     with pytest.raises(UserError) as error:
-        pool.load("small", "general", "val", prompter, 128)
+        pool.load(small, "general", "val", prompter)
     message = str(error.value)
     assert message.startswith(f"{ENVIRONMENT_KEY}: cannot write in {tmp_path / 'file'}")
     assert "Not a directory" in message
     assert "\n" not in message
 
 
-def test_a_cache_that_is_whole_is_only_read(prompter, tmp_path, monkeypatch):
-    small = SimpleNamespace(load=lambda domain, split: rows((png(), "boot")), VERSION="1", files=list)
-    monkeypatch.setattr(sources, "find", lambda name: small)
-    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path))
-    first = pool.load("small", "general", "val", prompter, 128)
-    monkeypatch.setattr(pool.record, "write_json", None)
-    assert pool.load("small", "general", "val", prompter, 128).digests == first.digests
+def test_a_cache_that_is_whole_is_only_read(small, prompter, monkeypatch):
+    first = pool.load(small, "general", "val", prompter)
+    monkeypatch.setattr(vetting.record, "write_json", None)
+    again = pool.load(small, "general", "val", prompter)
+    assert (again.digests, again.lengths) == (first.digests, first.lengths)
+    assert again.lengths[0] > 0
 
 
 TALK = [

@@ -15,6 +15,7 @@ import datasets
 
 from workloads.data.images import placed
 
+# Stands in a question where an image goes.
 IMAGE = "<image>"
 # Stands for bytes that are not UTF-8 while a file is parsed; no text holds it, since it is no character.
 NOT_UTF8 = "\uffff"

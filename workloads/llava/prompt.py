@@ -13,10 +13,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import LlavaProcessor
 
+from workloads.data.rows import IMAGE
 from workloads.errors import UserError
 
-# Stands in a question where an image goes.
-IMAGE = "<image>"
 # Stands for answer k while a template is rendered; private-use characters are in no text and are never trimmed.
 _ANSWER = "\ue000{}\ue001"
 # Rendered conversations kept in memory; all are forgotten beyond.
