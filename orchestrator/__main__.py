@@ -10,6 +10,7 @@ from orchestrator.commands import (
     bench,
     check,
     compare,
+    data,
     export,
     methods,
     metrics,
@@ -68,6 +69,7 @@ for _module in (
     metrics, score, bench, version,
 ):  # fmt: skip
     app.command()(getattr(_module, _module.__name__.rsplit(".", 1)[-1]))
+app.add_typer(data.app, name="data", help="Look at a source of samples, or write it as Parquet.")
 
 
 def main() -> None:

@@ -132,7 +132,9 @@ def _short(config: RunConfig) -> RunConfig:
     return replace(
         config,
         init_from="",
-        data=replace(config.data, samples=max(2, math.ceil(20 * config.optim.global_batch / parts))),
+        data=replace(
+            config.data, samples=max(2, math.ceil(20 * config.optim.global_batch / parts)), tokens=0
+        ),
         eval=replace(config.eval, samples=min(config.eval.samples, 100)),
         execution=replace(config.execution, workers=1, checkpoint_every=0),
     )

@@ -64,7 +64,7 @@ def test_a_file_without_a_list_is_refused(text, tmp_path):
     ("data", "words"),
     [
         (b"[1, 2, x]", "after record 2, before byte 9: lexical error"),
-        (b"[1] 2", "trailing garbage"),
+        (b"[1] x", "trailing garbage"),
         ('[{"a": 1}]'.encode("utf-16"), "after record 0"),
         (b"[1, NaN]", "after record 1"),
     ],

@@ -29,7 +29,7 @@ _MAX_THREADS = 8
 _NO_DIGEST = "-" * 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """What vetting found of one row: a fault, or the hash of its decoded content and its tokens."""
 
@@ -68,8 +68,11 @@ def verdicts(path: Path, rows: datasets.Dataset, prompter: Prompter, max_length:
     return found
 
 
-def vet(rows: datasets.Dataset, prompter: Prompter, max_length: int) -> list[Verdict]:
-    """The verdict on every row: what its format found, bad images, empty answers and too many tokens are faults."""
+def vet(rows: datasets.Dataset, prompter: Prompter | None, max_length: int) -> list[Verdict]:
+    """The verdict on every row: what its format found, bad images, empty answers and too many tokens are faults.
+
+    Without a prompter lengths are not known, and are 0.
+    """
     found: list[Verdict] = []
     with ThreadPoolExecutor(min(_MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
         for start in range(0, len(rows), _BATCH):
@@ -80,7 +83,7 @@ def vet(rows: datasets.Dataset, prompter: Prompter, max_length: int) -> list[Ver
     return found
 
 
-def _of_text(row: Mapping[str, Any], prompter: Prompter, max_length: int) -> Verdict:
+def _of_text(row: Mapping[str, Any], prompter: Prompter | None, max_length: int) -> Verdict:
     """The fault of a row's text, or its length."""
     if row.get("fault"):
         return Verdict(fault=row["fault"])
@@ -92,7 +95,7 @@ def _of_text(row: Mapping[str, Any], prompter: Prompter, max_length: int) -> Ver
     if any(not turn.question.strip() for turn in turns):
         return Verdict(fault="question: empty")
     try:
-        length = len(prompter.encode(turns, row.get("system", "")).ids)
+        length = len(prompter.encode(turns, row.get("system", "")).ids) if prompter else 0
     except ValueError as error:
         return Verdict(fault=str(error))
     if length > max_length:

@@ -71,6 +71,16 @@ def build(
     )
 
 
+def prompter_of(config: ModelConfig) -> Prompter:
+    """What encodes conversations for a base model, without its weights; raises `UserError` as `build` does."""
+    folder = folder_of(config)
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(_shape(folder, config))
+    processor = _processor(folder, config)
+    _check_tokens(folder, model, processor)
+    return Prompter(processor, _image_tokens(model, processor))
+
+
 def folder_of(config: ModelConfig) -> Path:
     """The folder of the base model; one from parts is put together first."""
     return parts.assembled(config) if config.language_model else resolve(config.name_or_path, config.hub)
