@@ -53,6 +53,10 @@ def test_configuration_is_frozen():
         (changed(adapter={"name": "lora", "alpha": "nan"}), ["adapter.alpha", "nan", "finite"]),
         (changed(adapter={"name": "mole", "alpha": 0}), ["adapter.alpha", "above 0"]),
         (changed(data={"mixture": {"general": "inf"}}), ["data.mixture.general", "finite"]),
+        (changed(data={"mixture": [1]}), ["data.mixture", "[1]", "a mapping"]),
+        (changed(eval={"domains": {"a": 1}}), ["eval.domains", "a list"]),
+        (changed(data={"domains": [1]}), ["data.domains", "[1]", "a mapping"]),
+        (changed(data={"domains": {"d": {"columns": 3}}}), ["data.domains.d.columns", "3", "a mapping"]),
         (changed(init_from="../../x"), ["init_from", "16 hex digits"]),
     ],
 )

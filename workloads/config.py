@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -145,14 +145,22 @@ def _data(tree: Any) -> DataConfig:
     if isinstance(domains, Mapping):
         for name, part in domains.items():
             require(isinstance(part, Mapping), f"data.domains.{name}", part, "a mapping with a `format`")
-            require_known(f"data.domains.{name}.", part, [f.name for f in dataclasses.fields(DomainConfig)])
+            _section(DomainConfig, part, f"data.domains.{name}")
     return _section(DataConfig, tree, "data")
+
+
+# What OmegaConf merges no other kind of container into.
+_CONTAINERS: dict[Any, tuple[type, str]] = {dict: (Mapping, "a mapping"), list: (list, "a list")}
 
 
 def _section(kind: type, tree: Mapping[str, Any], where: str) -> Any:
     """One checked dataclass; strings that YAML would read as numbers are accepted as OmegaConf reads them."""
     require(isinstance(tree, Mapping), where, tree, "a mapping")
     require_known(f"{where}.", tree, [f.name for f in dataclasses.fields(kind)])
+    for key, hint in get_type_hints(kind).items():
+        if key in tree and get_origin(hint) in _CONTAINERS:
+            wanted, words = _CONTAINERS[get_origin(hint)]
+            require(isinstance(tree[key], wanted), f"{where}.{key}", tree[key], words)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(dict(tree)))
         section: Any = OmegaConf.to_object(merged)

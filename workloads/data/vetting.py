@@ -24,7 +24,7 @@ from workloads.data.rows import IMAGE
 from workloads.errors import UserError
 from workloads.llava.prompt import Prompter, Turn
 
-_BATCH = 256
+_BATCH = 64
 _MAX_THREADS = 8
 _NO_DIGEST = "-" * 16
 
