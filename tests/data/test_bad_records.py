@@ -154,7 +154,7 @@ def test_digests_tell_text_pictures_and_their_order_apart(prompter, tmp_path):
         {"image": ["0.png", "1.png"], "conversations": two, "system": "be brief"},
         {"image": ["0.png", "1.png"], "conversations": two, "id": "again"},
     ]
-    found = loaded(tmp_path, records, prompter)
+    found = loaded(tmp_path, records, prompter, max_length=256)
     assert not found.rejected
     assert len(set(found.digests)) == 4
     assert found.digests[0] == found.digests[4]
@@ -184,9 +184,9 @@ RECORD = st.fixed_dictionaries(
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(RECORD | JUNK, max_size=5),
-    st.sampled_from(["llava_json", "coin", "cvit", "ucit"]),
-    st.sampled_from(["train.json", "train.jsonl"]),
+    records=st.lists(RECORD | JUNK, max_size=5),
+    name=st.sampled_from(["llava_json", "coin", "cvit", "ucit"]),
+    file=st.sampled_from(["train.json", "train.jsonl"]),
 )
 def test_malformed_records_are_accepted_or_rejected_and_never_more(
     records, name, file, prompter, tmp_path_factory
@@ -206,7 +206,7 @@ def test_malformed_records_are_accepted_or_rejected_and_never_more(
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.binary(max_size=200), st.data())
+@given(noise=st.binary(max_size=200), data=st.data())
 def test_malformed_files_are_told_in_one_line_or_read(noise, data, tmp_path_factory):
     root = tmp_path_factory.mktemp("set")
     whole = json.dumps([writers.talk(i) for i in range(3)]).encode()

@@ -27,7 +27,7 @@ def spec(tmp_path):
     talk = writers.talk
     records = [
         *(talk(i) for i in range(7)), talk(6), talk(20, image="no.png"), talk(21, image="nor.png"),
-        talk(22, conversations=[]), talk(EVIL, image=f"../{EVIL}"),
+        talk(22, conversations=[]), talk(23, id=f"r{EVIL}", image=f"../{EVIL}"),
     ]  # fmt: skip
     writers.dump(tmp_path / "set" / "train.json", records)
     writers.dump(tmp_path / "set" / "test.json", [talk(1, id=EVIL, conversations=[

@@ -30,7 +30,8 @@ def files(path: Path) -> list[Path]:
 def read(path: Path, split: str) -> dict[str, tuple[str, ...]]:
     """Question id -> its references; raises `UserError` on a file that is none of the three forms."""
     if path.is_dir():
-        return _letters(*files(path), split)
+        problems, splits = files(path)
+        return _letters(problems, splits, split)
     answers: dict[str, list[str]] = {}
     for position, entry in enumerate(json_stream.items(path, _key(path))):
         try:
