@@ -82,10 +82,11 @@ def write_tokenizer(folder, *added):
     return tokenizer
 
 
-def text_shape(num_tokens, width=32, layers=2):
+def text_shape(num_tokens, width=32, layers=2, spread=0.02):
     return {
         "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 2,
         "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": num_tokens, "rms_norm_eps": 1e-05,
+        "initializer_range": spread,
     }  # fmt: skip
 
 
@@ -96,8 +97,11 @@ def vision_shape(width=16):
     }  # fmt: skip
 
 
-def write(folder, seed=0, width=32, layers=2, dtype=torch.float16):
-    """A LLaVA-1.5 in the format of the hub: its names of weights, two files with an index, its processor's files."""
+def write(folder, seed=0, width=32, layers=2, spread=0.02, ends=2, dtype=torch.float16):
+    """A LLaVA-1.5 in the format of the hub: its names of weights, two files with an index, its processor's files.
+
+    `spread` is the deviation of the language model's weights, `ends` the ids that end an answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     size = write_tokenizer(folder, "<image>", "<pad>").get_vocab_size()
     rows = -(-size // 64) * 64
@@ -106,14 +110,14 @@ def write(folder, seed=0, width=32, layers=2, dtype=torch.float16):
         **ids, "projector_hidden_act": "gelu", "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default", "tie_word_embeddings": False,
     }  # fmt: skip
-    text, vision = text_shape(rows, width, layers), vision_shape()
+    text, vision = text_shape(rows, width, layers, spread), vision_shape()
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "ignore_index": -100, "model_type": "llava",
         "torch_dtype": "float16", "text_config": {"model_type": "llama", **text}, "vocab_size": rows,
         "vision_config": {"model_type": "clip_vision_model", **vision}, **shared,
     })  # fmt: skip
     write_json(
-        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": size - 1}
+        folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": ends, "pad_token_id": size - 1}
     )
     write_json(folder / "preprocessor_config.json", {**IMAGES, "processor_class": "LlavaProcessor"})
     write_json(folder / "processor_config.json", {

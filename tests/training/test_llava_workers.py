@@ -1,5 +1,6 @@
 """Two workers on a LLaVA-1.5 checkpoint under ZeRO-3: no full copy each, text without images, answers of any length."""
 
+import gc
 import json
 import re
 import threading
@@ -38,7 +39,7 @@ def mixed(workers, stage):
             "report_every": 1,
             "eval_batch": 2,
         },
-        optim={"global_batch": 4, "lr": 0.02},
+        optim={"global_batch": 4, "lr": 0.005},
         eval={"max_new_tokens": 12},
     )
 
@@ -54,7 +55,7 @@ def talk(place):
 
 
 def train_and_answer(folder, workers, stage, out):
-    """Losses of every step and all answers; only a token or two of some answers is left before their end."""
+    """Train on the stream and answer it; rank 0 writes the losses of every step and all answers to `out`."""
     config = mixed(workers, stage)
     pools = {"general": Items(items=[talk(place) for place in range(16)])}
     stream = [Slot(domain="general", index=place) for place in range(16)]
@@ -110,7 +111,8 @@ class AnonymousPeak:
 def load_and_measure(folder, out):
     """Peak memory of loading in every worker, partitioned and, for comparison, whole."""
     found = {}
-    for stage in (3, 0):
+    for stage in (0, 3):
+        gc.collect()
         with engine.contained():
             engine.join()
             with AnonymousPeak() as memory:
@@ -132,6 +134,8 @@ tests.load_and_measure(folder / "large", folder)
 tests.train_and_answer(folder / "llava", 2, 3, folder)
 """
 LARGE = {"width": 1024, "layers": 8}
+# A random model that says different things, and ends them at every seventh token of its vocabulary.
+TALKATIVE = {"spread": 0.1, "ends": [2, *range(5, 390, 7)]}
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +143,11 @@ def two_workers(tmp_path_factory):
     """What two processes found with the checkpoints in the folder."""
     folder = tmp_path_factory.mktemp("two")
     checkpoints.write(folder / "large", **LARGE)
-    checkpoints.write(folder / "llava")
-    two_processes(CHILD, folder)
+    checkpoints.write(folder / "llava", **TALKATIVE)
+    with pytest.MonkeyPatch.context() as patch:
+        # Without a fixed bound glibc keeps freed blocks of all sizes that it has seen, and they would count.
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**17))
+        two_processes(CHILD, folder)
     return folder
 
 
@@ -157,7 +164,7 @@ def test_no_worker_holds_a_full_copy_of_a_partitioned_model_while_it_loads(two_w
     for rank in range(2):
         found = json.loads((two_workers / f"memory-{rank}.json").read_text())
         assert found["0"] > 0.95 * whole
-        assert found["3"] < 0.75 * whole
+        assert found["3"] < 0.65 * whole
 
 
 def test_a_worker_without_any_image_keeps_step_with_one_that_has_them(two_workers, one_worker):
