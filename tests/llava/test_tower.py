@@ -26,7 +26,7 @@ def own_cache(tmp_path, monkeypatch):
     here.mkdir()
     llava = build(ModelConfig(), "fp32")
     pool.load(DataConfig(), "document", SPLIT, llava.prompter)  # composed and vetted, if they were not
-    for part in ("pocket", "vetted"):
+    for part in ("pocket", "verdicts"):
         (here / part).symlink_to(cache_dir() / part)
     monkeypatch.setenv(ENVIRONMENT_KEY, str(here))
     return here
