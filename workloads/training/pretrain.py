@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from workloads import environment, identity
+from workloads import environment
+from workloads.config import DataConfig
+from workloads.data import sources
 from workloads.data.collate import prompt_batch, train_batch
 from workloads.data.pocket import DOMAINS, compose, neutral_qa, questions
 from workloads.data.pool import Sample
@@ -196,7 +198,7 @@ def main() -> None:
     card = {
         "command": " ".join(["python -m workloads.training.pretrain", *sys.argv[1:]]),
         "recipe": vars(recipe),
-        "data_hash": identity.data_hash("pocket"),
+        "data_hash": sources.of(DataConfig()).digest("general", "train"),
         "seconds": round(time.monotonic() - began),
         "final_loss": final_loss,
         "caption_exact_match_val": caption_scores(llava, "val", 300),
