@@ -25,9 +25,14 @@ def linear_scores(x: Tensor, weight_EI: Tensor) -> Tensor:
     return F.linear(x.to(dtype), weight_EI.to(dtype))
 
 
+def probabilities(scores_BTE: Tensor) -> Tensor:
+    """Router probabilities (B, T, E) in at least fp32."""
+    return scores_BTE.to(torch.promote_types(scores_BTE.dtype, torch.float32)).softmax(dim=-1)
+
+
 def top1(scores_BTE: Tensor) -> tuple[Tensor, Tensor]:
     """Router probabilities (B, T, E) in at least fp32 and the preferred expert (B, T) of every token."""
-    probs_BTE = scores_BTE.to(torch.promote_types(scores_BTE.dtype, torch.float32)).softmax(dim=-1)
+    probs_BTE = probabilities(scores_BTE)
     return probs_BTE, probs_BTE.argmax(dim=-1)
 
 

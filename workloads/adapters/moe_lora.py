@@ -92,13 +92,20 @@ class MixedExperts(nn.Module):
         self.experts_B = nn.Parameter(zeros_ERO)
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        probs_BTE, choice_BT = routing.top1(routing.linear_scores(x_BTI, self.router))
-        if self.spot.leads:
-            self.trace.routes.append(Route(layer=self.spot.layer, probs_BTE=probs_BTE, choice_BT=choice_BT))
-        gates_BTE = routing.gates(probs_BTE, choice_BT, self.router_grad).to(x_BTI.dtype)
+        gates_BTE = self._gates(x_BTI).to(x_BTI.dtype)
         inner_BTER = self._inner(x_BTI).unflatten(-1, self.experts_A.shape[:2])
         weighted_BTER = inner_BTER * (gates_BTE * self.scale).unsqueeze(-1)
         return self.base_layer(x_BTI) + weighted_BTER.flatten(-2) @ self.experts_B.flatten(0, 1)
+
+    def _gates(self, x_BTI: Tensor) -> Tensor:
+        """Weights (B, T, E) of the experts' outputs; the preferred expert is looked for only where it is asked for."""
+        probs_BTE = routing.probabilities(routing.linear_scores(x_BTI, self.router))
+        if self.router_grad == "dense" and not self.spot.leads:
+            return probs_BTE
+        choice_BT = probs_BTE.argmax(dim=-1)
+        if self.spot.leads:
+            self.trace.routes.append(Route(layer=self.spot.layer, probs_BTE=probs_BTE, choice_BT=choice_BT))
+        return routing.gates(probs_BTE, choice_BT, self.router_grad)
 
     def _inner(self, x_BTI: Tensor) -> Tensor:
         """A_e dropout_e(x) of all experts, stacked on the last axis."""

@@ -86,7 +86,7 @@ class StackLinear(_Experts):
         self.router = nn.Parameter(mixed.router.detach().clone())
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        probs_BTE, _ = routing.top1(routing.linear_scores(x_BTI, self.router))
+        probs_BTE = routing.probabilities(routing.linear_scores(x_BTI, self.router))
         outputs_BTEO = torch.stack([self.expert(e, x_BTI) for e in range(len(self.experts_A))], dim=2)
         return self.base_layer(x_BTI) + (outputs_BTEO * probs_BTE.unsqueeze(-1)).sum(dim=2)
 
