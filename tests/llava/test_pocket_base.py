@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from workloads.config import ModelConfig
+from workloads.config import DataConfig, ModelConfig
+from workloads.data import sources
 from workloads.data.pocket import vocabulary
 from workloads.errors import UserError
-from workloads.identity import data_hash
 from workloads.llava.build import build
 from workloads.llava.folder import resolve
 from workloads.llava.pocket import new_processor
@@ -36,7 +36,7 @@ def test_its_tokenizer_knows_every_word_of_the_benchmark(llava):
 
 def test_its_card_is_about_this_data():
     card = json.loads((resolve("pocket") / "card.json").read_text())
-    assert card["data_hash"] == data_hash("pocket")
+    assert card["data_hash"] == sources.of(DataConfig()).digest("general", "train")
 
 
 def test_held_out_captions_are_right_and_those_of_other_images_are_not(llava):
