@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig
 
 from workloads import adapters, environment, identity, record
 from workloads.adapters.base import Attached
@@ -19,6 +18,7 @@ from workloads.data.pool import Pool
 from workloads.evaluation.answer import Answered
 from workloads.evaluation.scorers import exact, majority
 from workloads.llava.build import base_name
+from workloads.llava.kinds import Shape
 from workloads.record import Cost, DomainScore, RunRecord
 from workloads.training import checkpoint, engine
 from workloads.training.loop import Trained
@@ -86,7 +86,7 @@ def trained(outcome: Trained, pools: Mapping[str, Pool], stream: Sequence[Slot])
 def cost(
     outcome: Trained,
     attached: Attached,
-    shape: LlavaConfig,
+    shape: Shape,
     num_trained: int,
     eval_seconds: float,
     seconds: float,

@@ -1,4 +1,4 @@
-"""Small random checkpoints in exactly the format of llava-hf/llava-1.5-7b-hf, and parts in their own formats."""
+"""Small random checkpoints in exactly the formats of llava-1.5-7b-hf and llava-v1.6-vicuna-7b-hf, and parts."""
 
 import json
 
@@ -12,6 +12,8 @@ from transformers import (  # fmt: skip
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
 )
 
 # The chat template of llava-1.5-7b-hf.
@@ -26,6 +28,8 @@ TEMPLATE = (
 )
 IMAGE_SIZE, PATCH_SIZE = 28, 14
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+# The grids of llava-v1.6 in units of a tile.
+GRIDS = [[IMAGE_SIZE * high, IMAGE_SIZE * wide] for high, wide in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
 TEXT = (
     "a USER: a ASSISTANT: what is this ? which side is the mark on ? where is it ? top left bottom right boot bag "
     "A cat. It is a cat on a mat, and the dog sits there. a chat between a curious human and an assistant."
@@ -134,8 +138,27 @@ def write(folder, seed=0, width=32, layers=2, spread=0.02, ends=2, dtype=torch.f
     return folder
 
 
+def write_next(folder, seed=0, spread=0.02, ends=2):
+    """A LLaVA-NeXT in the format of llava-v1.6-vicuna-7b-hf: that of LLaVA-1.5 with grids of tiles and a newline."""
+    write(folder, seed, spread=spread, ends=ends)
+    tree = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {
+        **tree, "architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava_next",
+        "image_grid_pinpoints": GRIDS, "use_image_newline_parameter": True,
+    })  # fmt: skip
+    about = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor"}
+    extra = {"aspect_ratio_setting": "anyres", "do_pad": True, "image_grid_pinpoints": GRIDS}
+    write_json(folder / "preprocessor_config.json", {**IMAGES, **about, **extra})
+    tree = json.loads((folder / "processor_config.json").read_text())
+    write_json(folder / "processor_config.json", {**tree, "processor_class": "LlavaNextProcessor"})
+    torch.manual_seed(seed)
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig.from_pretrained(folder))
+    write_weights(folder, {hub_name(name): w.half() for name, w in model.state_dict().items()})
+    return folder
+
+
 def hub_name(name):
-    """A weight's name in llava-1.5-7b-hf."""
+    """A weight's name in llava-1.5-7b-hf and llava-v1.6-vicuna-7b-hf."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)

@@ -96,7 +96,7 @@ def rewrite(folder, change):
 )
 def test_other_weights_than_the_models_are_told_before_any_is_loaded(change, expected, folder, monkeypatch):
     rewrite(folder, change)
-    monkeypatch.setattr("workloads.llava.build.LlavaForConditionalGeneration.from_pretrained", None)
+    monkeypatch.setattr("workloads.llava.kinds.LlavaForConditionalGeneration.from_pretrained", None)
     with pytest.raises(UserError, match=expected):
         built(folder)
 
@@ -117,7 +117,7 @@ def cut(folder):
 
 def of_another_type(folder):
     tree = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**tree, "model_type": "llava_next"}))
+    (folder / "config.json").write_text(json.dumps({**tree, "model_type": "llama"}))
 
 
 def larger_images(folder):
@@ -131,7 +131,7 @@ def larger_images(folder):
         (to_bin, "pytorch_model.bin can hold code and is not read; convert it"),
         (drop(FIRST), f"lacks {FIRST}, which its index names"),
         (cut, "is not a whole safetensors file"),
-        (of_another_type, "a model of type llava; .* is of type llava_next"),
+        (of_another_type, "a model of type llava or llava_next; .* is of type llama"),
         (drop("chat_template.jinja"), "has no chat template"),
         (drop("tokenizer.json"), "has a tokenizer of another model|has no usable processor"),
         (drop("preprocessor_config.json"), "has no usable processor"),

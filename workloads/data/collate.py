@@ -1,12 +1,14 @@
 """Batches: samples to padded token ids, masks, labels, and pixels or features.
 
-Shape letters: B batch, T tokens, N images of all samples in order, C channels, H height, W width.
+Shape letters: B batch, T tokens, N images of all samples in order, K tiles of an image, C channels, H height,
+W width.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,12 +32,21 @@ class Batch:
     ids_BT: Tensor
     mask_BT: Tensor
     labels_BT: Tensor
-    # Pixels (N, C, H, W); where the tower's features are cached, those: levels x tokens x width of each image.
+    # Pixels (N, C, H, W), or (N, K, C, H, W) of tiles; where the tower's features are cached, those: levels x tokens
+    # x width of each image.
     vision: Tensor
+    # Height and width of each image before it was cut into tiles; on the CPU, where the model reads them.
+    sizes_N2: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward."""
-        return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "pixel_values": self.vision}
+        tiled = {} if self.sizes_N2 is None else {"image_sizes": self.sizes_N2}
+        return {
+            "input_ids": self.ids_BT,
+            "attention_mask": self.mask_BT,
+            "pixel_values": self.vision,
+            **tiled,
+        }
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Batch":
         """The batch on `device`, what is seen in `dtype`."""
@@ -59,7 +70,7 @@ class Batch:
 
 def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     """Prompts and answers, padded on the right; labels on answer and end token."""
-    encoded = [llava.prompter.encode(s.turns, s.system) for s in samples]
+    encoded = [llava.prompter.encode(s.turns, s.system, _sizes(s)) for s in samples]
     ids_BT, mask_BT = _pad([e.ids for e in encoded], samples, llava, left=False)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     for row, e in enumerate(encoded):
@@ -73,12 +84,13 @@ def train_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
         mask_BT=mask_BT,
         labels_BT=labels_BT,
         vision=vision(samples, llava),
+        sizes_N2=sizes(samples, llava),
     )
 
 
 def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
     """Prompts alone, padded on the left, ready for decoding."""
-    prefixes = [llava.prompter.prefix(s.turns, s.system) for s in samples]
+    prefixes = [llava.prompter.prefix(s.turns, s.system, _sizes(s)) for s in samples]
     ids_BT, mask_BT = _pad(prefixes, samples, llava, left=True)
     labels_BT = torch.full_like(ids_BT, IGNORE)
     return Batch(
@@ -89,6 +101,7 @@ def prompt_batch(samples: Sequence[Sample], llava: Llava) -> Batch:
         mask_BT=mask_BT,
         labels_BT=labels_BT,
         vision=vision(samples, llava),
+        sizes_N2=sizes(samples, llava),
     )
 
 
@@ -122,10 +135,25 @@ def vision(samples: Sequence[Sample], llava: Llava) -> Tensor:
     features = [s.features_LPD for s in samples if s.features_LPD is not None]
     if features:
         return torch.stack(features)
+    processor: Any = llava.processor
     if not _has_image(samples):
         config: Any = llava.model.config
         side = config.vision_config.image_size
+        if llava.prompter.tiles:
+            blank_HWC = np.zeros((side, side, 3), dtype=np.uint8)
+            return torch.zeros_like(images.pixels([blank_HWC], processor.image_processor, "crop"))
         return torch.zeros(1, config.vision_config.num_channels, side, side)
-    processor: Any = llava.processor
     seen = [image_HWC for s in samples for image_HWC in s.images_HWC]
     return images.pixels(seen, processor.image_processor, llava.image_aspect)
+
+
+def sizes(samples: Sequence[Sample], llava: Llava) -> Tensor | None:
+    """Heights and widths (N, 2) of the images of `vision`, for a model that needs them."""
+    tiles = llava.prompter.tiles
+    if tiles is None:
+        return None
+    return torch.tensor([size for s in samples for size in _sizes(s)] or [(tiles.side, tiles.side)])
+
+
+def _sizes(sample: Sample) -> list[tuple[int, int]]:
+    return [image_HWC.shape[:2] for image_HWC in sample.images_HWC]

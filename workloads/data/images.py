@@ -65,11 +65,24 @@ def read(image: Mapping[str, Any]) -> bytes:
 def decode(data: bytes) -> np.ndarray:
     """PNG or JPEG bytes to uint8 RGB (H, W, 3); raises `ValueError` on anything that is not a whole image."""
     try:
-        with _OPENING, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(_opened(data).convert("RGB"))
     except Exception as error:  # on malformed files Pillow raises many kinds, which share no base class
         raise ValueError(f"image: {error}") from None
+
+
+def size(data: bytes) -> tuple[int, int]:
+    """Height and width by the header alone; raises `ValueError` when it is not one that `decode` would take."""
+    try:
+        image = _opened(data)
+    except Exception as error:
+        raise ValueError(f"image: {error}") from None
+    return image.height, image.width
+
+
+def _opened(data: bytes) -> Image.Image:
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
+    return image

@@ -95,7 +95,10 @@ def _of_text(row: Mapping[str, Any], prompter: Prompter | None, max_length: int)
     if any(not turn.question.strip() for turn in turns):
         return Verdict(fault="question: empty")
     try:
-        length = len(prompter.encode(turns, row.get("system", "")).ids) if prompter else 0
+        # Tokens of an image may follow from its size, which its header tells.
+        tiled = prompter is not None and prompter.tiles is not None
+        sizes = [images.size(images.read(image)) for image in images_of(row)] if tiled else []
+        length = len(prompter.encode(turns, row.get("system", ""), sizes).ids) if prompter else 0
     except ValueError as error:
         return Verdict(fault=str(error))
     if length > max_length:

@@ -9,19 +9,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import AutoConfig, AutoImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from workloads.config import ModelConfig
 from workloads.errors import UserError, require
-from workloads.llava import images, parts, strict
+from workloads.llava import images, kinds, parts, strict
 from workloads.llava.folder import image_processor, resolve
+from workloads.llava.kinds import Model, Processor, Shape, Tiles
 from workloads.llava.prompt import Prompter
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,8 +26,8 @@ DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Llava:
     """A base model with what turns samples into its inputs."""
 
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
+    model: Model
+    processor: Processor
     prompter: Prompter
     # What happens to images that are not square: `crop` or `pad`.
     image_aspect: str = "crop"
@@ -50,9 +45,8 @@ def build(
     folder = folder_of(config)
     disable_progress_bar()
     shape = _shape(folder, config)
-    with torch.device("meta"):
-        strict.check(folder, LlavaForConditionalGeneration(shape))
-    loader: Any = LlavaForConditionalGeneration
+    strict.check(folder, kinds.empty(shape))
+    loader = kinds.of(shape).model
     with sharded or nullcontext():
         model, report = loader.from_pretrained(
             folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True,
@@ -60,25 +54,17 @@ def build(
         )  # fmt: skip
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         strict.told(folder, kind.replace("_", " "), set(map(str, report[kind])))
-    processor = _processor(folder, config)
-    _check_tokens(folder, model, processor)
     ends: Any = model.generation_config.eos_token_id
+    prompter = _prompter(folder, config, model, _listed(ends))
     return Llava(
-        model=model,
-        processor=processor,
-        prompter=Prompter(processor, _image_tokens(model, processor), _listed(ends)),
-        image_aspect=config.image_aspect,
+        model=model, processor=prompter.processor, prompter=prompter, image_aspect=config.image_aspect
     )
 
 
 def prompter_of(config: ModelConfig) -> Prompter:
     """What encodes conversations for a base model, without its weights; raises `UserError` as `build` does."""
     folder = folder_of(config)
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(_shape(folder, config))
-    processor = _processor(folder, config)
-    _check_tokens(folder, model, processor)
-    return Prompter(processor, _image_tokens(model, processor))
+    return _prompter(folder, config, kinds.empty(_shape(folder, config)), [])
 
 
 def folder_of(config: ModelConfig) -> Path:
@@ -91,44 +77,67 @@ def base_name(config: ModelConfig) -> str:
     return str(folder_of(config)) if config.language_model else config.name_or_path
 
 
-def train_projector(model: LlavaForConditionalGeneration) -> None:
+def train_projector(model: Model) -> None:
     """Let the projector train in full, as LLaVA does beside an adapter."""
     model.model.multi_modal_projector.requires_grad_(True)
 
 
-def projector_weights(model: LlavaForConditionalGeneration) -> set[nn.Parameter]:
+def projector_weights(model: Model) -> set[nn.Parameter]:
     """The weights of the projector and of VCE, which may learn at a rate of their own."""
     trained = (model.get_submodule("model.multi_modal_projector"), getattr(model.model, "visual_cues", None))
     return {weight for part in trained if part is not None for weight in part.parameters()}
 
 
-def _shape(folder: Path, config: ModelConfig) -> LlavaConfig:
+def described_shape(config: ModelConfig) -> Shape:
+    """The sizes of the base model, for which its config.json is enough; raises `UserError` when there is none."""
+    if config.language_model:
+        return parts.shape_of(config)
+    return _read_shape(resolve(config.name_or_path, config.hub), config)
+
+
+def _shape(folder: Path, config: ModelConfig) -> Shape:
+    """The model's own configuration, where it can be built with the attention that is asked for."""
+    if config.attention == "flash_attention_2":
+        # Without its package transformers would look for compiled code on the hub.
+        there = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
+        allowed = "it needs a GPU and the package flash_attn; sdpa or eager"
+        require(there, "model.attention", config.attention, allowed)
+    return _read_shape(folder, config)
+
+
+def _read_shape(folder: Path, config: ModelConfig) -> Shape:
     """The model's own configuration, of a kind that can be built here."""
     try:
         shape: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.name_or_path: {folder} has no usable config.json: {reason}") from None
-    allowed = f"a model of type llava; {folder} is of type {shape.model_type}"
-    require(isinstance(shape, LlavaConfig), "model.name_or_path", config.name_or_path, allowed)
-    if config.attention == "flash_attention_2":
-        # Without its package transformers would look for compiled code on the hub.
-        there = importlib.util.find_spec("flash_attn") is not None and torch.cuda.is_available()
-        require(
-            there,
-            "model.attention",
-            config.attention,
-            "it needs a GPU and the package flash_attn; sdpa or eager",
-        )
+    allowed = f"a model of type {' or '.join(kinds.KINDS)}; {folder} is of type {shape.model_type}"
+    require(shape.model_type in kinds.KINDS, "model.name_or_path", config.name_or_path, allowed)
+    if kinds.is_tiled(shape):
+        aspect, allowed = config.image_aspect, "LLaVA-NeXT cuts an image of any shape into tiles; crop"
+        require(aspect == "crop", "model.image_aspect", aspect, allowed)
     return shape
 
 
-def _processor(folder: Path, config: ModelConfig) -> LlavaProcessor:
+def _prompter(folder: Path, config: ModelConfig, model: Model, ends: list[int]) -> Prompter:
+    """What encodes conversations for `model`, whose weights may be on the meta device."""
+    processor = _processor(folder, config, model.config)
+    _check_tokens(folder, model, processor)
+    image_tokens = _image_tokens(folder, model, processor)
+    tiles = None
+    if kinds.is_tiled(model.config):
+        tiles = Tiles(processor, model.config.vision_config.image_size)
+    return Prompter(processor, image_tokens, ends, tiles)
+
+
+def _processor(folder: Path, config: ModelConfig, shape: Any) -> Processor:
     """Tokenizer, chat template and the named image processor class."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         seeing: Any = AutoImageProcessor.from_pretrained(folder, backend=config.image_backend, **options)
-        processor = LlavaProcessor.from_pretrained(folder, image_processor=seeing, **options)
+        kind = kinds.of(shape).processor
+        processor = kind.from_pretrained(folder, image_processor=seeing, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.name_or_path: {folder} has no usable processor: {reason}") from None
@@ -145,7 +154,7 @@ def _processor(folder: Path, config: ModelConfig) -> LlavaProcessor:
     return processor
 
 
-def _check_tokens(folder: Path, model: LlavaForConditionalGeneration, processor: Any) -> None:
+def _check_tokens(folder: Path, model: Model, processor: Any) -> None:
     """Raise `UserError` unless tokenizer and model mean the same tokens."""
     config: Any = model.config
     image, given = config.image_token_id, processor.tokenizer.convert_tokens_to_ids(processor.image_token)
@@ -157,11 +166,11 @@ def _check_tokens(folder: Path, model: LlavaForConditionalGeneration, processor:
         )
 
 
-def _image_tokens(model: LlavaForConditionalGeneration, processor: Any) -> int:
-    """Tokens of one image, by the processor; it is first told of the tower that it works for.
+def _image_tokens(folder: Path, model: Model, processor: Any) -> int:
+    """Tokens of one image, of a square one where sizes matter, by the processor.
 
-    A processor's own settings cannot be relied on: they decide no shape, and many checkpoints leave out that the
-    tower has a class token.
+    It is first told of the tower that it works for: its own settings cannot be relied on, since they decide no shape,
+    and many checkpoints leave out that the tower has a class token.
     """
     config: Any = model.config
     vision, embeddings = (
@@ -175,11 +184,17 @@ def _image_tokens(model: LlavaForConditionalGeneration, processor: Any) -> int:
     )
     side = vision.image_size
     blank_HWC = np.zeros((side, side, 3), dtype=np.uint8)
-    seen_NCHW = images.pixels([blank_HWC], processor.image_processor, "crop")
-    given = tuple(seen_NCHW.shape[-2:])
+    pixels = images.pixels([blank_HWC], processor.image_processor, "crop")
+    given = tuple(pixels.shape[-2:])
     allowed = f"its image processor makes images of {given}, and its tower takes {(side, side)}"
-    require(given == (side, side), "model.name_or_path", config.name_or_path, allowed)
-    return processor.replace_image_token({"pixel_values": seen_NCHW}, 0).count(processor.image_token)
+    require(given == (side, side), "model.name_or_path", str(folder), allowed)
+    seen = {"pixel_values": pixels, "image_sizes": [[side, side]]}
+    if kinds.is_tiled(config):
+        wanted, found = config.image_grid_pinpoints, processor.image_processor.image_grid_pinpoints
+        allowed = f"its image processor's image_grid_pinpoints are {found}, and its model's {wanted}"
+        same = sorted(map(tuple, wanted)) == sorted(map(tuple, found))
+        require(same, "model.name_or_path", str(folder), allowed)
+    return processor.replace_image_token(seen, 0).count(processor.image_token)
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

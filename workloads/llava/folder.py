@@ -25,6 +25,8 @@ def resolve(name_or_path: str, hub: bool = False) -> Path:
         return folder
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
         return _from_hub(name_or_path, hub)
+    if folder.is_dir():
+        raise UserError(f"model.name_or_path: {name_or_path} has no config.json")
     raise UserError(f"model.name_or_path: {name_or_path!r} is not allowed; 'pocket' or a model folder")
 
 
@@ -40,7 +42,7 @@ def _from_hub(name: str, fetch: bool) -> Path:
         hint = "" if fetch else "; set model.hub to true to fetch it"
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.name_or_path: {name!r} is no folder and not to be had: {reason}{hint}"
+            f"model.name_or_path: {name!r} is no folder and its config.json is not to be had: {reason}{hint}"
         ) from None
     if not (folder / "config.json").is_file():
         raise UserError(f"model.name_or_path: {name!r} has no config.json")

@@ -2,7 +2,7 @@
 
 Source:  Liu et al. 2023, LLaVA-1.5, arXiv:2310.03744, whose release pads with the processor's mean colour.
 
-Shape letters: N images, H height, W width, C channels, S side of a square.
+Shape letters: N images, K tiles, H height, W width, C channels, S side of a square.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,12 @@ from torch import Tensor
 
 
 def pixels(images_HWC: Sequence[np.ndarray], processor: Any, aspect: str) -> Tensor:
-    """Processed pixels (N, C, H, W) of uint8 RGB images of any sizes."""
+    """Processed pixels (N, C, H, W) of uint8 RGB images of any sizes; cut into tiles (N, K, C, H, W), with zeros
+    for those that other images have more of."""
     if aspect == "pad":
         images_HWC = [squared(image_HWC, processor.image_mean) for image_HWC in images_HWC]
-    return processor(list(images_HWC), return_tensors="pt")["pixel_values"]
+    # Said aloud, since an image of height 1 or 3 might as well have its channels first.
+    return processor(list(images_HWC), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
 
 def squared(image_HWC: np.ndarray, mean: Sequence[float]) -> np.ndarray:

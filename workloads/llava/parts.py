@@ -66,6 +66,12 @@ def assembled(config: ModelConfig) -> Path:
     return folder
 
 
+def shape_of(config: ModelConfig) -> LlavaConfig:
+    """The sizes of the checkpoint that `config`'s parts make; nothing is written. Raises `UserError` as `assembled`."""
+    speaks = Path(config.language_model)
+    return _shape(speaks, Path(config.vision_tower), _tokenizer(speaks))
+
+
 def _put(made: Path, folder: Path) -> None:
     """Give the whole folder its name, unless another process was first."""
     try:

@@ -6,15 +6,15 @@ template has none there (as LLaVA-1.5's), the tokenizer's.
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import LlavaProcessor
 
 from workloads.data.rows import IMAGE
 from workloads.errors import UserError
+from workloads.llava.kinds import Processor, Size, Tiles
 
 # Stands for answer k while a template is rendered; private-use characters are in no text and are never trimmed.
 _ANSWER = "\ue000{}\ue001"
@@ -43,19 +43,25 @@ class Encoded:
 class Prompter:
     """Encodes conversations for one processor; an image placeholder is expanded to the model's image tokens."""
 
-    def __init__(self, processor: LlavaProcessor, image_tokens: int, ends: Sequence[int] = ()) -> None:
+    def __init__(
+        self, processor: Processor, image_tokens: int, ends: Sequence[int] = (), tiles: Tiles | None = None
+    ) -> None:
         """`ends` are the ids that end the model's answers beside the tokenizer's end token.
 
-        Raises UserError when the chat template asks for an answer in another way than it renders answers.
+        `image_tokens` are those of an image, or with `tiles`, of a square one. Raises UserError when the chat
+        template asks for an answer in another way than it renders answers.
         """
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.image_tokens = image_tokens
+        # Where an image's tokens depend on its size: `encode` and `prefix` need the sizes then.
+        self.tiles = tiles
         self.image_id: int = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         self.ends = tuple(dict.fromkeys([self.tokenizer.eos_token_id, *ends]))
         self._rendered: dict[tuple[Any, ...], list[str]] = {}
         text = self.tokenizer.backend_tokenizer.to_str() + str(processor.chat_template) + str(image_tokens)
         text += "".join(f" {end}" for end in self.ends[1:])
+        text += tiles.described() if tiles else ""
         # Hash of all that decides token ids.
         self.version = hashlib.sha256(text.encode()).hexdigest()[:16]
         # A tokenizer that begins every text with its first token does so in a conversation.
@@ -70,17 +76,17 @@ class Prompter:
         pieces = self._pieces(turns, system, asks=True)
         return pieces[0] + "".join(t.answer.strip() + p for t, p in zip(turns[:-1], pieces[1:], strict=True))
 
-    def prefix(self, turns: Sequence[Turn], system: str = "") -> list[int]:
-        """Token ids up to the last answer."""
-        return self._encode(turns[:-1], self._pieces(turns, system, asks=True)).ids
+    def prefix(self, turns: Sequence[Turn], system: str = "", sizes: Sequence[Size] = ()) -> list[int]:
+        """Token ids up to the last answer; `sizes` as in `encode`."""
+        return self._encode(turns[:-1], self._pieces(turns, system, asks=True), sizes).ids
 
-    def encode(self, turns: Sequence[Turn], system: str = "") -> Encoded:
+    def encode(self, turns: Sequence[Turn], system: str = "", sizes: Sequence[Size] = ()) -> Encoded:
         """The whole conversation to its last end token; space around an answer is dropped.
 
-        Raises ValueError when an image's placeholder stands elsewhere than in a question, or when the chat template
-        refuses the conversation.
+        `sizes` are those of the images in order; without tiles they are not needed. Raises ValueError when an image's
+        placeholder stands elsewhere than in a question, or when the chat template refuses the conversation.
         """
-        encoded = self._encode(turns, self._pieces(turns, system, asks=False))
+        encoded = self._encode(turns, self._pieces(turns, system, asks=False), sizes)
         last = len(encoded.supervised) - encoded.supervised[::-1].index(True)
         return Encoded(
             ids=encoded.ids[:last],
@@ -92,8 +98,9 @@ class Prompter:
         """The answer's text, without special tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
-    def _encode(self, turns: Sequence[Turn], pieces: list[str]) -> Encoded:
+    def _encode(self, turns: Sequence[Turn], pieces: list[str], sizes: Sequence[Size]) -> Encoded:
         """Ids of `pieces` with the answers between them; one piece more than turns."""
+        each = self._each(pieces, sizes)
         text, spans = pieces[0], []
         for turn, piece in zip(turns, pieces[1:], strict=True):
             answer = turn.answer.strip()
@@ -116,19 +123,29 @@ class Prompter:
             while closing < len(tokens) and not text[starts[closing] : stops[closing]].strip():
                 closing += 1
             closed = closing < len(tokens) and tokens[closing] in self.ends
-            self._add(tokens[done:first], ids, supervised)
+            self._add(tokens[done:first], each, ids, supervised)
             before_last = len(ids)
             answered = tokens[first : closing + 1] if closed else [*tokens[first:end], self.ends[0]]
             ids += answered
             supervised += [True] * len(answered)
             done = closing + 1 if closed else end
-        self._add(tokens[done:], ids, supervised)
+        self._add(tokens[done:], each, ids, supervised)
         return Encoded(ids=ids, supervised=supervised, prompt_length=before_last)
 
-    def _add(self, tokens: Sequence[int], ids: list[int], supervised: list[bool]) -> None:
-        """Append tokens that no loss is taken on, images expanded."""
+    def _each(self, pieces: list[str], sizes: Sequence[Size]) -> Iterator[int]:
+        """Tokens of each image in turn."""
+        count = sum(piece.count(self.processor.image_token) for piece in pieces)
+        if self.tiles is None:
+            return iter([self.image_tokens] * count)
+        assert len(sizes) == count, f"{len(sizes)} sizes for {count} images"
+        return iter([self.tiles.tokens(size) for size in sizes])
+
+    def _add(
+        self, tokens: Sequence[int], each: Iterator[int], ids: list[int], supervised: list[bool]
+    ) -> None:
+        """Append tokens that no loss is taken on, images expanded to their tokens, the next of `each`."""
         for token in tokens:
-            ids += [token] * (self.image_tokens if token == self.image_id else 1)
+            ids += [token] * (next(each) if token == self.image_id else 1)
         supervised += [False] * (len(ids) - len(supervised))
 
     def _pieces(self, turns: Sequence[Turn], system: str, asks: bool) -> list[str]:
@@ -169,7 +186,8 @@ class Prompter:
         try:
             asked, whole = self._pieces(turns, "", asks=True)[-1], self._pieces(turns, "", asks=False)[-2]
             self._gap = len(whole) - len(asked)
-            encoded, prefix = self.encode(turns), self.prefix(turns)
+            sizes = [(self.tiles.side, self.tiles.side)] if self.tiles else []
+            encoded, prefix = self.encode(turns, sizes=sizes), self.prefix(turns, sizes=sizes)
         except ValueError as error:
             raise UserError(f"model.name_or_path: its chat template does not serve: {error}") from None
         fits = whole.startswith(asked) and not whole[len(asked) :].strip()

@@ -49,7 +49,14 @@ def tower_of(llava: Llava) -> Any:
 
 
 def levels_of(llava: Llava, cues: Sequence[int]) -> list[int]:
-    """Indices of the tower's levels that the projector reads, and beside them `cues`, which VCE reads."""
+    """Indices of the tower's levels that the projector reads, and beside them `cues`, which VCE reads.
+
+    Raises `UserError` on a model that cuts images into tiles: rows of features are of one image seen once.
+    """
+    if llava.prompter.tiles:
+        raise UserError(
+            "execution.feature_cache: true is not allowed; LLaVA-NeXT sees each image as tiles of its own number"
+        )
     read: Any = llava.model.config.vision_feature_layer
     return list(dict.fromkeys([*([read] if isinstance(read, int) else read), *cues]))
 

@@ -128,6 +128,10 @@ def check(model: nn.Module, levels: Sequence[int], heads: int, points: int) -> N
     require(heads >= 1, "model.vce_heads", heads, "a whole number of 1 or more")
     require(points >= 1, "model.vce_points", points, "a whole number of 1 or more")
     config: Any = model.config
+    if config.model_type != "llava":
+        raise UserError(
+            "model.vce: true is not allowed; it looks at one grid an image, and LLaVA-NeXT has tiles"
+        )
     tower, read = config.vision_config, config.vision_feature_layer
     depth, width = tower.num_hidden_layers, tower.hidden_size
     if config.vision_feature_select_strategy != "default" or not isinstance(read, int):

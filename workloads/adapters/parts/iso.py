@@ -9,31 +9,30 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoConfig
 
 from workloads import adapters
 from workloads.adapters.base import ATTENTION, MLP, Attached, Trace
 from workloads.config import AdapterConfig
 from workloads.data.pocket import DOMAINS
 from workloads.llava.folder import resolve
+from workloads.llava.kinds import Model, Shape, empty
 
 
-def shape_of(name_or_path: str) -> LlavaConfig:
+def shape_of(name_or_path: str) -> Shape:
     """The sizes of a base model: `pocket` or a model folder."""
-    return LlavaConfig.from_pretrained(resolve(name_or_path), local_files_only=True)
+    return AutoConfig.from_pretrained(resolve(name_or_path), local_files_only=True)
 
 
-def empty(shape: LlavaConfig) -> LlavaForConditionalGeneration:
-    """A LLaVA of these sizes on the meta device."""
-    with torch.device("meta"):
-        return LlavaForConditionalGeneration(shape)
-
-
-def measured(shape: LlavaConfig, config: AdapterConfig) -> Attached:
+def measured(shape: Shape, config: AdapterConfig) -> Attached:
     """The method on a model of these sizes: its capabilities and counts; folders that it starts from are not read."""
-    return adapters.attach(empty(shape), config.without_files(), Trace())
+    return put(empty(shape), config)
+
+
+def put(model: Model, config: AdapterConfig) -> Attached:
+    """The method on an empty model, for counting; folders that it starts from are not read."""
+    return adapters.attach(model, config.without_files(), Trace())
 
 
 def on_pocket(name: str, settings: Mapping[str, Any]) -> Attached:
@@ -44,22 +43,22 @@ def on_pocket(name: str, settings: Mapping[str, Any]) -> Attached:
     return measured(shape_of("pocket"), kind(**{**tasks, **settings}))
 
 
-def iso_total(shape: LlavaConfig, config: AdapterConfig) -> int:
+def iso_total(shape: Shape, config: AdapterConfig) -> int:
     """Rank, 1 or more, of the plain LoRA on all linears whose weights come nearest to all that the method trains."""
     return rank_of(shape, measured(shape, config).num_weights)
 
 
-def iso_active(shape: LlavaConfig, config: AdapterConfig) -> int:
+def iso_active(shape: Shape, config: AdapterConfig) -> int:
     """Rank, 1 or more, of the plain LoRA on all linears whose weights come nearest to those that a token meets."""
     return rank_of(shape, measured(shape, config).num_active)
 
 
-def rank_of(shape: LlavaConfig, num_weights: int) -> int:
+def rank_of(shape: Shape, num_weights: int) -> int:
     """Rank, 1 or more, of the plain LoRA on all linears whose number of weights is nearest to `num_weights`."""
     return max(1, round(num_weights / _per_rank(shape)))
 
 
-def _per_rank(shape: LlavaConfig) -> int:
+def _per_rank(shape: Shape) -> int:
     """Weights of a LoRA of rank 1 on every linear of the language model."""
     linears = [
         module
