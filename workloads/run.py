@@ -171,6 +171,8 @@ def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> At
         attached = replace(attached, exported={**attached.exported, "vce": settings})
     if config.execution.gradient_checkpointing:
         llava.model.activation_checkpointing_enable({"use_reentrant": False})
+        # Without re-entrance inputs need no gradient; with one, backward would go through all of the frozen tower.
+        llava.model.disable_input_require_grads()
     if path := checkpoint.latest(folder / record.CHECKPOINT):
         checkpoint.load_adapter(path, llava.model, attached)
     elif config.init_from:
