@@ -39,7 +39,7 @@ LAYERS = (
     ("__version__", "errors", "schema", "config", "record", "routing", "environment"),
     ("adapters", "llava", "data", "identity", "assets"),
     ("training", "evaluation"),
-    ("results", "run", "benchmarks", "export"),
+    ("results", "run", "benchmarks", "export", "footprint"),
 )
 LIGHT = (
     "workloads.config", "workloads.schema", "workloads.record", "workloads.evaluation.conflict",
