@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.changes import Sets, changed, flat
 from orchestrator.spaces import Space, read_space
 from search_spaces.adapters import ARMS
 from workloads.config import SCHEMA_VERSION, methods, read_yaml
@@ -17,7 +18,6 @@ from workloads.errors import UserError, nearest, require
 STUDIES = Path(__file__).parent.parent / "search_spaces" / "studies"
 RECIPES = Path(__file__).parent.parent / "workloads" / "recipes"
 FULL = "full"
-Sets = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,11 @@ def find(spec: str) -> Path:
     return path
 
 
-def load(spec: str, profile: str = FULL) -> Study:
-    """Read and check a study; raises `UserError` in one line on any mistake."""
+def load(spec: str, profile: str = FULL, changes: Iterable[str] = ()) -> Study:
+    """Read and check a study, `changes` (`key=value`) over its `set`; raises `UserError` in one line on any mistake."""
     path = find(spec)
-    return from_tree(read_yaml(path), path.stem.replace("-", "_"), profile, path.parent)
+    tree = changed(read_yaml(path), changes)
+    return from_tree(tree, path.stem.replace("-", "_"), profile, path.parent)
 
 
 def from_tree(tree: Mapping[str, Any], name: str, profile: str = FULL, folder: Path = Path()) -> Study:
@@ -138,22 +139,6 @@ def known(tree: Any, keys: Iterable[str], where: str) -> None:
         if key not in names:
             label = f"{where}.{key}" if where else str(key)
             raise UserError(f"{label}: unknown key; known keys: {', '.join(names)}{nearest(str(key), names)}")
-
-
-def flat(tree: Any, where: str) -> Sets:
-    """Nested or dotted settings as dotted ones; a mixture stays one value."""
-    require(isinstance(tree, Mapping), where, tree, "a mapping of dotted keys, such as optim.lr: 0.001")
-    out: Sets = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, Mapping) and prefix != "data.mixture":
-            for key, item in value.items():
-                walk(f"{prefix}.{key}" if prefix else str(key), item)
-        else:
-            out[prefix] = value
-
-    walk("", tree)
-    return out
 
 
 def _with_profile(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:

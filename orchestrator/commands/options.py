@@ -14,6 +14,10 @@ StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="Name of a start
 Profile = Annotated[
     str, typer.Option("--profile", help="The study's size: full, or a profile that it names.")
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Over the study's own `set`, such as data.root=FOLDER."),
+]
 TrackingUri = Annotated[
     str,
     typer.Option(

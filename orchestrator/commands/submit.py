@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.commands.options import DEFAULT_ROOT, Profile, Root, StudySpec, TrackingUri
+from orchestrator.commands.options import DEFAULT_ROOT, Changes, Profile, Root, StudySpec, TrackingUri
 from orchestrator.terminal import console, say
 
 
@@ -12,6 +12,7 @@ def submit(
     study: StudySpec,
     address: Annotated[str, typer.Option("--address", help="Ray's dashboard.")] = "http://127.0.0.1:8265",
     profile: Profile = "full",
+    changes: Changes = None,
     root: Root = DEFAULT_ROOT,
     tracking_uri: TrackingUri = "",
 ) -> None:
@@ -22,7 +23,7 @@ def submit(
     from orchestrator.study import load
 
     store = Store(root)
-    loaded = load(study, profile)
+    loaded = load(study, profile, changes or [])
     planned(loaded)
     job = jobs.submit(loaded, store, address, tracking_uri)
     say(console(), f"Submitted {loaded.name} as {job} to {address}")

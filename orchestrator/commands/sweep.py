@@ -3,13 +3,22 @@
 import shlex
 import sys
 
-from orchestrator.commands.options import DEFAULT_ROOT, Profile, RayAddress, Root, StudySpec, TrackingUri
+from orchestrator.commands.options import (
+    DEFAULT_ROOT,
+    Changes,
+    Profile,
+    RayAddress,
+    Root,
+    StudySpec,
+    TrackingUri,
+)
 from orchestrator.terminal import console
 
 
 def sweep(
     study: StudySpec,
     profile: Profile = "full",
+    changes: Changes = None,
     root: Root = DEFAULT_ROOT,
     tracking_uri: TrackingUri = "",
     address: RayAddress = "",
@@ -25,5 +34,5 @@ def sweep(
     options = Options(
         address=address, tracking_uri=tracking_uri, command=shlex.join(["orchestrator", *sys.argv[1:]])
     )
-    folder = run_sweep(load(study, profile), store, out, options)
+    folder = run_sweep(load(study, profile, changes or []), store, out, options)
     show(folder, store, out, tracking_uri)

@@ -33,7 +33,7 @@ class Part:
         named = str(getattr(self.config, key))
         path = self.root / Path(named).expanduser()
         if not path.exists():
-            raise UserError(f"data.domains.{self.domain}.{key}: {named!r}: no such file in {self.root}")
+            raise UserError(f"data.domains.{self.domain}.{key}: {named!r}: no such file in {self._place}")
         return path
 
     @property
@@ -42,8 +42,14 @@ class Part:
         folder = self.root / Path(self.config.images).expanduser()
         if not folder.is_dir():
             key, named = f"data.domains.{self.domain}.images", self.config.images
-            raise UserError(f"{key}: {named!r}: no such folder in {self.root}")
+            raise UserError(f"{key}: {named!r}: no such folder in {self._place}")
         return folder.resolve()
+
+    @property
+    def _place(self) -> str:
+        """The root as messages name it."""
+        here = self.root == Path()
+        return "the working folder; data.root is not set" if here else str(self.root)
 
     def refuse(self, *keys: str) -> None:
         """Raise `UserError` when one of `keys` is given: this format does not read it."""
