@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from dashboards.units import UNITS
 from workloads.evaluation.statistics import MIN_SEEDS, Interval
+from workloads.record import Scale
 
 # Size of one cell of an expert map, and of a panel of learning curves, in CSS pixels.
 _CELL_WIDTH, _CELL_HEIGHT, _LABEL_WIDTH = 34, 22, 24
@@ -58,20 +60,20 @@ def interval_row(interval: Interval, limit: float, strong: bool = False) -> Mark
     ).format(kind=kind, height=height, low=low, high=high, middle=middle, y=height // 2, radius=radius)
 
 
-def difference_axis(limit: float) -> Markup:
-    """Tick labels in points for `interval_row`."""
-    end = f"{limit * 100:g}"
+def difference_axis(limit: float, scale: Scale = "fraction") -> Markup:
+    """Tick labels in the scale's unit for `interval_row`."""
+    end = f"{limit * UNITS[scale].factor:g}"
     ticks = (("0%", "start", f"−{end}"), ("50%", "middle", "0"), ("100%", "end", f"+{end}"))
     marks = Markup("").join(_text(x, 11, words, anchor) for x, anchor, words in ticks)
     return Markup('<svg class="axis" width="100%" height="14" aria-hidden="true">{}</svg>').format(marks)
 
 
-def bar_row(interval: Interval, colour: str, marks: Mapping[str, float]) -> Markup:
-    """A bar from 0 to 100 points with its interval; `marks` (CSS class -> score) are baselines."""
-    low, high = _percent(interval.low, 0, 1), _percent(interval.high, 0, 1)
+def bar_row(interval: Interval, colour: str, marks: Mapping[str, float], top: float = 1.0) -> Markup:
+    """A bar on an axis from 0 to `top` with its interval; `marks` (CSS class -> score) are baselines."""
+    low, high = _percent(interval.low, 0, top), _percent(interval.high, 0, top)
     lines = Markup("").join(
         Markup('<line class="mark {name}" x1="{x}" x2="{x}" y1="0" y2="22"/>').format(
-            name=name, x=_percent(score, 0, 1)
+            name=name, x=_percent(score, 0, top)
         )
         for name, score in marks.items()
     )
@@ -81,7 +83,7 @@ def bar_row(interval: Interval, colour: str, marks: Mapping[str, float]) -> Mark
         '<rect width="{mean}" height="12" y="5" rx="2" style="fill:var(--{colour})"/>{lines}'
         '<line class="halo" x1="{low}" x2="{high}" y1="11" y2="11"/>'
         '<line class="whisker" x1="{low}" x2="{high}" y1="11" y2="11"/></svg>'
-    ).format(mean=_percent(interval.mean, 0, 1), colour=colour, lines=lines, low=low, high=high)
+    ).format(mean=_percent(interval.mean, 0, top), colour=colour, lines=lines, low=low, high=high)
 
 
 def expert_map(shares_LE: Sequence[Sequence[float]]) -> Markup:

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dashboards.methods import COLUMNS
-from dashboards.results import FINISHED, StudyResults, TrialState, item_scores, read_roles, seeds_of
+from dashboards.results import (
+    FINISHED,
+    StudyResults,
+    TrialState,
+    check_scorers,
+    item_scores,
+    read_roles,
+    seeds_of,
+)
 from dashboards.runs import Questions, Run, read_run
-from workloads.errors import UserError, nearest
-from workloads.record import is_finished
+from dashboards.units import SCALE_TAG
+from workloads.errors import UserError, nearest, require
+from workloads.record import TOP, Scale, is_finished
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,8 +48,10 @@ class CompareRow:
     status: str
     # What the method needs and can do, one cell for each of `methods.COLUMNS`; empty until the run has finished.
     words: tuple[str, ...] = ()
-    # Last value of each metric; scores in [0, 1].
+    # Last value of each metric; scores are on the scales of their domains.
     metrics: dict[str, float] = field(default_factory=dict)
+    # Domains whose scores are no fractions.
+    scales: dict[str, Scale] = field(default_factory=dict)
 
 
 def study_results(folder: Path, root: Path) -> StudyResults:
@@ -53,6 +64,7 @@ def study_results(folder: Path, root: Path) -> StudyResults:
         if trial.status == FINISHED and trial.fingerprint not in runs:
             folder = root / "runs" / trial.fingerprint
             runs[trial.fingerprint] = read_run(folder, trial.fingerprint, questions)
+    check_scorers(runs)
     arms = dict.fromkeys(trial.arm for trial in trials if trial.status == FINISHED)
     by_arm = {arm: seeds_of(arm, trials) for arm in arms}
     return StudyResults(
@@ -163,6 +175,17 @@ def _trials(client: "MlflowClient", experiments: list[str], filter_string: str) 
             return rows
 
 
+def _scales(tags: Mapping[str, str]) -> dict[str, Scale]:
+    """The scales that a run's tags name."""
+    known: dict[str, Scale] = {scale: scale for scale in TOP}
+    found: dict[str, Scale] = {}
+    for key, value in tags.items():
+        if key.startswith(SCALE_TAG):
+            require(value in known, f"MLflow tag {key}", value, f"scales: {', '.join(known)}", known)
+            found[key.removeprefix(SCALE_TAG)] = known[value]
+    return found
+
+
 def _compare_row(run: "MlflowRun") -> CompareRow:
     tags = run.data.tags
     return CompareRow(
@@ -175,4 +198,5 @@ def _compare_row(run: "MlflowRun") -> CompareRow:
         status=str(run.info.status).lower(),
         words=tuple(tags[name] for name in COLUMNS) if COLUMNS[0] in tags else (),
         metrics=dict(run.data.metrics),
+        scales=_scales(tags),
     )

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dashboards import details, figures, methods, rows, views
+from dashboards import details, figures, methods, rows, units, views
 from dashboards.load import study_results
 from dashboards.results import FINISHED, StudyResults
 from workloads.evaluation.conflict import SOLO, find
@@ -48,10 +48,10 @@ def render(results: StudyResults) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "points": rows.points,
-        "signed": rows.signed,
-        "bracket": rows.bracket,
-        "spread": rows.spread,
+        "points": units.points,
+        "signed": units.signed,
+        "bracket": units.bracket,
+        "spread": units.spread,
         "duration": details.duration,
         "when": details.when,
         "title": _title,
@@ -88,12 +88,16 @@ def _context(results: StudyResults) -> dict[str, Any]:
         "unfinished": [trial for trial in results.trials if trial.status != FINISHED],
         "premise": find(summary.contrasts, "gap", results.roles.mix),
         "panel_rows": panel_rows,
-        "panel_limit": views.panel_limit(panel_rows),
-        "card_limit": views.card_limit(summary),
+        "panel_limits": views.panel_limits(panel_rows),
+        "card_limits": views.card_limits(summary),
         "bar_panels": views.bar_panels(summary),
         "baselines": views.baseline_scores(results),
         "heat_rows": views.heat_rows(summary),
-        "heat_limit": views.heat_limit(summary),
+        "heat_limits": views.limit_words(views.heat_limits(summary)),
+        "units": units.UNITS,
+        "unit_words": views.unit_words(results),
+        "no_mean": units.told(results.scales),
+        "scales_differ": units.NO_MEAN,
         "type_arms": type_arms,
         "type_differences": type_differences,
         "experts": details.expert_views(results),

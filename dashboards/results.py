@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from dashboards.runs import Curves, Questions, Run
+from dashboards.units import common
 from workloads.errors import UserError
 from workloads.evaluation.conflict import ItemScores, Roles
-from workloads.record import RunRecord
+from workloads.record import RunRecord, Scale
 
 FINISHED = "finished"
 
@@ -64,6 +65,22 @@ class StudyResults:
         return list(dict.fromkeys([*(d for d in self.roles.solo if d in scored), *scored]))
 
     @property
+    def scales(self) -> dict[str, Scale]:
+        """Scale of every scored domain, the same for all runs."""
+        found = {d: score.scale for run in self.records.values() for d, score in run.scores.items()}
+        return {domain: found[domain] for domain in self.domains}
+
+    @property
+    def scale(self) -> Scale | None:
+        """The scale that all domains share, if there is one."""
+        return common(self.scales)
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """Version of every domain's scorer, the same for all runs."""
+        return {d: s.scorer_version for run in self.records.values() for d, s in run.scores.items()}
+
+    @property
     def blind_arms(self) -> list[str]:
         """Finished arms that never see an image: baselines, no part of the comparison."""
         return [arm for arm in self.scores if self.runs(arm)[0].config["data"].get("blind", False)]
@@ -90,6 +107,17 @@ def seeds_of(arm: str, trials: Sequence[TrialState]) -> dict[int, str]:
     return dict(sorted(out.items()))
 
 
+def check_scorers(runs: Mapping[str, Run]) -> None:
+    """Raise `UserError` unless every domain was scored by one version of one scorer."""
+    first: dict[str, tuple[str, str]] = {}
+    for fingerprint, run in runs.items():
+        for domain, score in run.record.scores.items():
+            other, version = first.setdefault(domain, (fingerprint, score.scorer_version))
+            if version != score.scorer_version:
+                both = f"{other} by {version}, {fingerprint} by {score.scorer_version}"
+                raise UserError(f"{domain!r} was not scored by one scorer: {both}")
+
+
 def item_scores(
     arm: str, seeds: Mapping[int, str], runs: Mapping[str, Run], questions: Questions
 ) -> dict[str, ItemScores]:
@@ -108,6 +136,8 @@ def item_scores(
             ids=ids,
             question_types=tuple(questions[domain, name].question_type for name in ids),
             scores_SI=np.array(rows, dtype=np.float64),
+            scale=runs[first].record.scores[domain].scale,
+            whole=domain in runs[first].whole,
         )
     return out
 

@@ -1,15 +1,13 @@
-"""Result rows of one study, computed once for the terminal and the page, and how numbers are written.
+"""Result rows of one study, computed once for the terminal and the page; scores are kept on their scales."""
 
-Scores are kept in [0, 1] and written in points, 0 to 100.
-"""
-
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dashboards.results import FINISHED, StudyResults
+from dashboards.units import common, told
 from workloads.evaluation.conflict import Breakdown, Contrast, Roles, breakdown, contrasts, find, select_seeds
 from workloads.evaluation.statistics import MIN_SEEDS, Interval, verdict
+from workloads.record import Scale
 
 # Metric -> symbol, what it asks.
 METRICS = {
@@ -64,6 +62,7 @@ class TypeRow:
     question_type: str
     # A domain, or `mean`.
     domain: str
+    scale: Scale
     num_items: int
     # Arm -> score; `solo` for each domain's own arm.
     scores: dict[str, Interval]
@@ -96,7 +95,7 @@ def summarise(results: StudyResults) -> Summary:
         arms=arms,
         solo=solo,
         claims=tuple(_claim(arm, results, found) for arm in results.roles.mole),
-        types=_type_rows(arms, solo, found),
+        types=_type_rows(results, arms, solo, found),
     )
 
 
@@ -116,34 +115,6 @@ def role_of(arm: str, roles: Roles) -> str:
         return "experts on the mix" + (", headline" if arm == roles.headline else "")
     parts = {roles.mix: "", roles.double: ", twice the samples", roles.iso: ", as many weights as experts"}
     return f"LoRA on the mix{parts[arm]}" if arm in parts and arm else ""
-
-
-def points(value: float) -> str:
-    """0.713 -> 71.3."""
-    return f"{value * 100:.1f}"
-
-
-def signed(value: float) -> str:
-    """0.021 -> +2.1, with a real minus sign and no sign on a zero."""
-    text = f"{value * 100:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def spread(interval: Interval) -> str:
-    """± half the interval's width, in points."""
-    return f"± {points(interval.half_width)}" if math.isfinite(interval.half_width) else "± ?"
-
-
-def bracket(interval: Interval) -> str:
-    """[low, high] in points, signed."""
-    if not math.isfinite(interval.half_width):
-        return "[no interval]"
-    return f"[{signed(interval.low)}, {signed(interval.high)}]"
-
-
-def with_spread(interval: Interval) -> str:
-    """71.3 ± 2.1."""
-    return f"{points(interval.mean)} {spread(interval)}"
 
 
 def type_columns(rows: Summary) -> list[tuple[str, str]]:
@@ -170,7 +141,8 @@ def _arm_row(arm: str, results: StudyResults, found: Iterable[Contrast]) -> ArmR
     runs = results.runs(arm)
     cost = runs[0].cost if runs else None
     mine = {contrast.metric: contrast for contrast in found if contrast.arm == arm}
-    is_claimed = arm in results.roles.mole and "double" in mine
+    double = mine["double"].difference.mean if "double" in mine else None
+    is_claimed = arm in results.roles.mole
     return ArmRow(
         arm=arm,
         role="images removed" if arm in results.blind_arms else role_of(arm, results.roles),
@@ -182,7 +154,7 @@ def _arm_row(arm: str, results: StudyResults, found: Iterable[Contrast]) -> ArmR
         adapter_active=cost.adapter_active if cost else 0,
         scores=breakdown(results.scores[arm]) if arm in results.scores else None,
         contrasts=mine,
-        verdict=verdict(mine["double"].difference.mean) if is_claimed else "",
+        verdict=verdict(double) if double and is_claimed else "",
     )
 
 
@@ -200,13 +172,16 @@ def _solo(results: StudyResults) -> Breakdown | None:
 
 def _claim(arm: str, results: StudyResults, found: Iterable[Contrast]) -> Claim:
     contrast = find(found, "double", arm)
-    word = verdict(contrast.difference.mean) if contrast else ""
+    mean = contrast.difference.mean if contrast else None
+    word = verdict(mean) if mean else ""
     pair = (arm, results.roles.double)
     if contrast is None:
         missing = [name for name in pair if name and name not in results.scores]
         reason = f"no finished run of {' and '.join(missing) or 'both arms with one seed'} yet"
+    elif mean is None:
+        reason = told({domain: results.scales[domain] for domain in contrast.difference.by_domain})
     else:
-        num_seeds = contrast.difference.mean.num_seeds
+        num_seeds = mean.num_seeds
         reason = f"{num_seeds} seed{'s' * (num_seeds > 1)}, and a verdict takes at least {MIN_SEEDS}"
     return Claim(
         arm=arm,
@@ -219,7 +194,7 @@ def _claim(arm: str, results: StudyResults, found: Iterable[Contrast]) -> Claim:
 
 
 def _type_rows(
-    arms: Sequence[ArmRow], solo: Breakdown | None, found: Sequence[Contrast]
+    results: StudyResults, arms: Sequence[ArmRow], solo: Breakdown | None, found: Sequence[Contrast]
 ) -> tuple[TypeRow, ...]:
     scores = {row.arm: row.scores for row in arms if row.scores} | ({"solo": solo} if solo else {})
     parts = [part.by_type for part in scores.values()]
@@ -228,19 +203,24 @@ def _type_rows(
         asked[name] = list(dict.fromkeys(domain for by_type in parts for domain in by_type.get(name, {})))
     # Shared question types first: their mean says more.
     names = sorted(asked, key=lambda name: (-len(asked[name]), name))
-    return tuple(
-        _type_row(name, domain, scores, found)
-        for name in names
-        for domain in (*asked[name], *([MEAN] if len(asked[name]) > 1 else []))
-    )
+    rows = []
+    for name in names:
+        scales = {domain: results.scales[domain] for domain in asked[name]}
+        shared = common(scales)
+        places = [*scales.items(), *([(MEAN, shared)] if shared and len(scales) > 1 else [])]
+        rows += [_type_row(name, domain, scale, scores, found) for domain, scale in places]
+    return tuple(rows)
 
 
-def _type_row(name: str, domain: str, scores: Mapping[str, Breakdown], found: Sequence[Contrast]) -> TypeRow:
+def _type_row(
+    name: str, domain: str, scale: Scale, scores: Mapping[str, Breakdown], found: Sequence[Contrast]
+) -> TypeRow:
     intervals = {arm: cell for arm, part in scores.items() if (cell := _type_cell(part, name, domain))}
     differences = {(c.metric, c.arm): _type_cell(c.difference, name, domain) for c in found}
     return TypeRow(
         question_type=name,
         domain=domain,
+        scale=scale,
         num_items=max(interval.num_items for interval in intervals.values()),
         scores=intervals,
         differences={key: cell for key, cell in differences.items() if cell},

@@ -20,7 +20,8 @@ class Question:
 
     question_type: str
     prompt: str
-    answer: str
+    # Several references are a list.
+    answer: str | list[str]
 
 
 # (domain, item id) -> question.
@@ -32,8 +33,10 @@ class Run:
     """One finished run."""
 
     record: records.RunRecord
-    # Domain -> item id -> score in [0, 1].
+    # Domain -> item id -> score on the domain's scale.
     items: Mapping[str, Mapping[str, float]]
+    # Domains whose items have no scores but parts in the score of all, which stand in `items`.
+    whole: frozenset[str]
     curves: Curves
 
 
@@ -43,8 +46,8 @@ def read_run(folder: Path, fingerprint: str, questions: Questions) -> Run:
     New questions are added to `questions`; one that is there already must be the same.
     """
     record = _record(folder, fingerprint)
-    items = _items(folder / records.PREDICTIONS, record, questions)
-    return Run(record=record, items=items, curves=_curves(folder, record))
+    items, whole = _items(folder / records.PREDICTIONS, record, questions)
+    return Run(record=record, items=items, whole=whole, curves=_curves(folder, record))
 
 
 def _record(folder: Path, fingerprint: str) -> records.RunRecord:
@@ -58,8 +61,12 @@ def _record(folder: Path, fingerprint: str) -> records.RunRecord:
     return record
 
 
-def _items(path: Path, record: records.RunRecord, questions: Questions) -> dict[str, dict[str, float]]:
+def _items(
+    path: Path, record: records.RunRecord, questions: Questions
+) -> tuple[dict[str, dict[str, float]], frozenset[str]]:
+    """Item scores by domain, and the domains in which they are parts of one score."""
     out: dict[str, dict[str, float]] = {domain: {} for domain in record.scores}
+    whole: set[str] = set()
     for row in _json_lines(path):
         key = (str(row["domain"]), str(row["id"]))
         question = Question(question_type=row["question_type"], prompt=row["prompt"], answer=row["answer"])
@@ -67,13 +74,15 @@ def _items(path: Path, record: records.RunRecord, questions: Questions) -> dict[
             raise UserError(f"{path}: item {key[1]!r} asks something else than in the study's other runs")
         if key[0] not in out or key[1] in out[key[0]]:
             raise UserError(f"{path}: item {key[1]!r} of {key[0]!r} is there twice, or of no scored domain")
-        out[key[0]][key[1]] = float(row["score"])
+        if "score" not in row:
+            whole.add(key[0])
+        out[key[0]][key[1]] = float(row["score"] if "score" in row else row["value"])
     for domain, score in record.scores.items():
         count, mean = len(out[domain]), sum(out[domain].values()) / max(len(out[domain]), 1)
         if count != score.num_items or not math.isclose(mean, score.score, abs_tol=1e-6):
             own, told = f"{count} items of mean {mean:.4f}", f"{score.num_items} of mean {score.score:.4f}"
             raise UserError(f"{path}: {domain} has {own}, but the record says {told}")
-    return out
+    return out, frozenset(whole)
 
 
 def _json_lines(path: Path) -> Iterator[dict[str, Any]]:

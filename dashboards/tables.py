@@ -1,4 +1,4 @@
-"""The terminal's tables of a study, and of what MLflow has for `compare`. Scores in points, 0 to 100."""
+"""The terminal's tables of a study, and of what MLflow has for `compare`; each domain in its own unit."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,14 @@ from dashboards.rows import (
     METRICS,
     Claim,
     Summary,
-    bracket,
-    signed,
-    spread,
     summarise,
     type_columns,
     unfinished_lines,
-    with_spread,
 )
+from dashboards.units import NO_MEAN, UNITS, bracket, common, heading, signed, spread, told, with_spread
+from workloads.evaluation.conflict import Breakdown
 from workloads.evaluation.statistics import Interval, over_seeds
+from workloads.record import Scale
 
 
 def summary(results: StudyResults) -> RenderableType:
@@ -35,6 +34,7 @@ def summary(results: StudyResults) -> RenderableType:
         parts.append(_methods_table(results))
     if rows.contrasts:
         parts += [_differences_table(rows), _types_table(rows)]
+    parts += [Text(line) for line in (told(results.scales),) if line]
     parts += [Text(claim_line(claim), style="bold" if claim.is_headline else "") for claim in rows.claims]
     parts += [Text(line, style="red") for line in unfinished_lines(results)]
     return Group(*parts)
@@ -44,20 +44,40 @@ def comparison(rows: Sequence[CompareRow]) -> RenderableType:
     """One line per study and arm, from MLflow's metrics; intervals over seeds only, items taken as fixed."""
     names = [name.removeprefix("score/") for row in rows for name in row.metrics if name.startswith("score/")]
     domains = list(dict.fromkeys(name for name in names if "/" not in name))
-    columns = ["score", *(f"score/{domain}" for domain in domains)]
-    table = _table("Scores in points, ± 95 % t-interval over seeds (items fixed)")
+    table = _table(f"{_title(rows)}, ± 95 % t-interval over seeds (items fixed)")
     for name in ("study", "arm", "method", *COLUMNS):
         table.add_column(name)
     for name in ("seeds", "mean", *domains):
         table.add_column(Text(name), justify="right")
     for study, arm, method in dict.fromkeys((row.study, row.arm, row.method) for row in rows):
         mine = [row for row in rows if (row.study, row.arm, row.method) == (study, arm, method)]
-        values = {c: np.array([row.metrics[c] for row in mine if c in row.metrics]) for c in columns}
-        cells = [with_spread(over_seeds(values[c])) if len(values[c]) else "–" for c in columns]
-        num_seeds = f"{len(values['score'])}/{len(mine)}"
+        scored = [row for row in mine if any(f"score/{domain}" in row.metrics for domain in domains)]
         words = next((row.words for row in mine if row.words), ("–",) * len(COLUMNS))
-        table.add_row(*(Text(cell) for cell in (study, arm, method, *words, num_seeds, *cells)))
+        cells = [_over_seeds(mine, f"score/{domain}", _scale(mine, domain)) for domain in domains]
+        own = {d: _scale(mine, d) for d in domains if any(f"score/{d}" in row.metrics for row in mine)}
+        mean = (
+            NO_MEAN if len(set(own.values())) > 1 else _over_seeds(mine, "score", common(own) or "fraction")
+        )
+        num_seeds = f"{len(scored)}/{len(mine)}"
+        table.add_row(*(Text(cell) for cell in (study, arm, method, *words, num_seeds, mean, *cells)))
     return table
+
+
+def _title(rows: Sequence[CompareRow]) -> str:
+    """What the scores of some runs are in."""
+    scales = {domain: scale for row in rows for domain, scale in row.scales.items()}
+    others = ", ".join(heading(domain, scale) for domain, scale in scales.items())
+    return f"Scores in points, but for {others}" if others else "Scores in points"
+
+
+def _scale(rows: Sequence[CompareRow], domain: str) -> Scale:
+    return next((row.scales[domain] for row in rows if domain in row.scales), "fraction")
+
+
+def _over_seeds(rows: Sequence[CompareRow], metric: str, scale: Scale) -> str:
+    """Mean and interval of a metric over the runs that have it."""
+    values = np.array([row.metrics[metric] for row in rows if metric in row.metrics])
+    return with_spread(over_seeds(values), scale) if len(values) else "–"
 
 
 def claim_line(claim: Claim) -> str:
@@ -65,8 +85,12 @@ def claim_line(claim: Claim) -> str:
     label = "Verdict" if claim.is_headline else "Also"
     if claim.contrast is None:
         return f"{label}, {claim.arm}: no verdict; {claim.reason}"
-    mean = claim.contrast.difference.mean
-    against = f"W = {signed(mean.mean)} {bracket(mean)} points against {claim.contrast.against}"
+    difference = claim.contrast.difference
+    if difference.mean is None or difference.scale is None:
+        return f"{label}, {claim.arm}: no verdict; {claim.reason}"
+    scale, unit = difference.scale, UNITS[difference.scale].name
+    shown = f"{signed(difference.mean.mean, scale)} {bracket(difference.mean, scale)} {unit}"
+    against = f"W = {shown} against {claim.contrast.against}"
     word = claim.word + (", provisional" if claim.is_provisional else "") if claim.word else ""
     return f"{label}, {claim.arm}: {word or 'no verdict; ' + claim.reason} ({against})"
 
@@ -81,23 +105,20 @@ def _table(title: str) -> Table:
 
 
 def _scores_table(rows: Summary) -> Table:
-    domains = rows.results.domains
-    table = _table("Scores in points, ± 95 % interval over items and seeds")
+    table = _table(f"Scores in {_units(rows)}, ± 95 % interval over items and seeds")
     for name in ("arm", "method"):
         table.add_column(name)
-    for name in ("trained", "active", "seeds", *domains, MEAN):
+    for name in ("trained", "active", "seeds", *_headings(rows), MEAN):
         table.add_column(Text(name), justify="right")
     for row in rows.arms:
         if row.scores is None:
             continue
-        by_domain = [row.scores.by_domain.get(domain) for domain in domains]
-        cells = [with_spread(cell) if cell else "–" for cell in (*by_domain, row.scores.mean)]
+        cells = _score_cells(rows, row.scores)
         weights = (f"{row.trainable:,}", f"{row.adapter_active:,}")
         seeds = f"{row.num_finished}/{row.num_trials}"
         table.add_row(*(Text(cell) for cell in (row.arm, row.method, *weights, seeds, *cells)))
     if rows.solo:
-        by_domain = [rows.solo.by_domain.get(domain) for domain in domains]
-        cells = [with_spread(cell) if cell else "–" for cell in (*by_domain, rows.solo.mean)]
+        cells = _score_cells(rows, rows.solo)
         table.add_row(*(Text(cell) for cell in ("solo, each on its own", "", "", "", "", *cells)))
     return table
 
@@ -115,32 +136,57 @@ def _methods_table(results: StudyResults) -> Table:
 
 
 def _differences_table(rows: Summary) -> Table:
-    domains = rows.results.domains
-    table = _table("Differences in points, paired by seed and item, 95 % interval over items and seeds")
+    scales = rows.results.scales
+    table = _table(
+        f"Differences in {_units(rows)}, paired by seed and item, 95 % interval over items and seeds"
+    )
     table.add_column("metric")
     table.add_column("arm − reference")
-    for name in ("seeds", MEAN, *domains):
+    for name in ("seeds", MEAN, *_headings(rows)):
         table.add_column(Text(name), justify="right")
     for contrast in rows.contrasts:
-        mean, by_domain = contrast.difference.mean, contrast.difference.by_domain
-        label = (METRICS[contrast.metric][0], f"{contrast.arm} − {contrast.against}", str(mean.num_seeds))
-        cells = [_difference(by_domain.get(domain)) for domain in domains]
-        table.add_row(*(Text(cell) for cell in (*label, f"{signed(mean.mean)} {bracket(mean)}", *cells)))
+        found = contrast.difference
+        label = (METRICS[contrast.metric][0], f"{contrast.arm} − {contrast.against}", str(found.num_seeds))
+        mean = NO_MEAN
+        if found.mean and found.scale:
+            mean = f"{signed(found.mean.mean, found.scale)} {bracket(found.mean, found.scale)}"
+        cells = [_difference(found.by_domain.get(domain), scale) for domain, scale in scales.items()]
+        table.add_row(*(Text(cell) for cell in (*label, mean, *cells)))
     return table
 
 
 def _types_table(rows: Summary) -> Table:
     columns = type_columns(rows)
-    table = _table("Differences by question type, in points")
+    table = _table(f"Differences by question type, in {_units(rows)}")
     table.add_column("question type")
     table.add_column("domain")
     for name in ("items", *(f"{METRICS[metric][0]} {arm}" for metric, arm in columns)):
         table.add_column(Text(name), justify="right")
     for row in rows.types:
-        cells = [_difference(row.differences.get(key)) for key in columns]
-        table.add_row(*(Text(cell) for cell in (row.question_type, row.domain, str(row.num_items), *cells)))
+        cells = [_difference(row.differences.get(key), row.scale) for key in columns]
+        domain = heading(row.domain, row.scale) if rows.results.scale is None else row.domain
+        table.add_row(*(Text(cell) for cell in (row.question_type, domain, str(row.num_items), *cells)))
     return table
 
 
-def _difference(interval: Interval | None) -> str:
-    return f"{signed(interval.mean)} {spread(interval)}" if interval else "–"
+def _units(rows: Summary) -> str:
+    """What numbers are in where nothing else is said."""
+    scale = rows.results.scale
+    return UNITS[scale].name if scale else "points, or as the domain says"
+
+
+def _headings(rows: Summary) -> list[str]:
+    """The domains, with their units where they have several."""
+    scales = rows.results.scales
+    return list(scales) if rows.results.scale else [heading(*part) for part in scales.items()]
+
+
+def _score_cells(rows: Summary, scores: Breakdown) -> list[str]:
+    """Every domain's score, then the mean."""
+    cells = [(scores.by_domain.get(domain), scale) for domain, scale in rows.results.scales.items()]
+    shown = [with_spread(cell, scale) if cell else "–" for cell, scale in cells]
+    return [*shown, with_spread(scores.mean, scores.scale) if scores.mean and scores.scale else NO_MEAN]
+
+
+def _difference(interval: Interval | None, scale: Scale) -> str:
+    return f"{signed(interval.mean, scale)} {spread(interval, scale)}" if interval else "–"

@@ -1,13 +1,15 @@
 """What the page shows of the comparison: verdict, difference panels, bars, heat map, question types."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dashboards.figures import nice_limit, tone
 from dashboards.results import StudyResults
 from dashboards.rows import MEAN, METRICS, Claim, Summary, type_columns
+from dashboards.units import UNITS, told
 from workloads.evaluation.conflict import SOLO, Breakdown, Contrast, Roles, find
 from workloads.evaluation.statistics import MIN_SEEDS, Interval
+from workloads.record import Scale
 
 # Metric -> what a panel asks, and its answers when the interval is below 0, above 0, around 0.
 _QUESTIONS = {
@@ -26,7 +28,7 @@ _OTHER_COLOURS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One contrast, drawn: its mean first, then its domains."""
+    """One contrast, drawn: its mean first, where it has one, then its domains."""
 
     question: str
     # Empty below five seeds.
@@ -34,7 +36,8 @@ class Panel:
     tone: str
     symbol: str
     contrast: Contrast
-    rows: tuple[tuple[str, Interval], ...]
+    # Scale -> name and difference of the rows that share an axis.
+    rows: dict[Scale, list[tuple[str, Interval]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,11 @@ class BarPanel:
     bars: tuple[tuple[str, str, Interval], ...]
     # Name of a baseline -> score.
     marks: dict[str, float]
+    scale: Scale
+    # Score at which the bars' axis ends.
+    top: float
+    # Why there are no bars.
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +69,7 @@ class HeatCell:
     """One difference to solo: how strongly to tint it (0 to 100 %), and towards which colour."""
 
     interval: Interval
+    scale: Scale
     strength: int
     colour: str
 
@@ -80,10 +89,10 @@ def card_tone(claim: Claim) -> str:
     return {"reproduced": "gain", "not reproduced": "loss", "inconclusive": "flat"}.get(claim.word, "none")
 
 
-def card_limit(summary: Summary) -> float:
-    """End of the axis that the verdict cards share."""
-    means = [claim.contrast.difference.mean for claim in summary.claims if claim.contrast]
-    return nice_limit(end for mean in means for end in (mean.low, mean.high))
+def card_limits(summary: Summary) -> dict[Scale, float]:
+    """End of the axis that the verdict cards of a scale share."""
+    found = [claim.contrast.difference for claim in summary.claims if claim.contrast]
+    return _limits((each.scale, each.mean) for each in found if each.scale and each.mean)
 
 
 def panel_rows(summary: Summary) -> list[PanelRow]:
@@ -99,10 +108,10 @@ def panel_rows(summary: Summary) -> list[PanelRow]:
     return [row for row in rows if row.panels]
 
 
-def panel_limit(rows: Sequence[PanelRow]) -> float:
-    """End of the axis that all panels share."""
-    intervals = [interval for row in rows for panel in row.panels for _, interval in panel.rows]
-    return nice_limit(end for interval in intervals for end in (interval.low, interval.high))
+def panel_limits(rows: Sequence[PanelRow]) -> dict[Scale, float]:
+    """End of the axis that all panels' rows of a scale share."""
+    parts = [part for row in rows for panel in row.panels for part in panel.rows.items()]
+    return _limits((scale, interval) for scale, lines in parts for _, interval in lines)
 
 
 def bar_panels(summary: Summary) -> list[BarPanel]:
@@ -118,12 +127,18 @@ def bar_panels(summary: Summary) -> list[BarPanel]:
         scores = [(name, colour, _score(part, domain)) for name, colour, part in parts if part]
         bars = tuple((name, colour, score) for name, colour, score in scores if score)
         marks = {name: by_domain[domain] for name, by_domain in baselines.items() if domain in by_domain}
-        panels.append(BarPanel(title=domain, bars=bars, marks=marks))
+        scale = results.scale if domain == MEAN else results.scales[domain]
+        if scale is None:
+            panels.append(_without_bars(domain, told(results.scales)))
+            continue
+        ends = [score.mean for _, _, score in bars] + [*marks.values()]
+        top = UNITS[scale].bar or nice_limit(ends, UNITS[scale].least)
+        panels.append(BarPanel(title=domain, bars=bars, marks=marks, scale=scale, top=top, reason=""))
     return panels
 
 
 def baseline_scores(results: StudyResults) -> dict[str, dict[str, float]]:
-    """Baseline -> domain -> score, and its mean when every domain has one.
+    """Baseline -> domain -> score, and its mean when every domain has one and all share a scale.
 
     `majority` is from the records; `blind` is the best mean score of an arm that never sees an image.
     """
@@ -131,13 +146,14 @@ def baseline_scores(results: StudyResults) -> dict[str, dict[str, float]]:
     blind: dict[str, float] = {}
     for record in results.records.values():
         for domain, score in record.scores.items():
-            majority[domain] = max(score.majority, majority.get(domain, 0.0))
+            if score.majority is not None:
+                majority[domain] = max(score.majority, majority.get(domain, 0.0))
     for arm in results.blind_arms:
         for domain, items in results.scores[arm].items():
             blind[domain] = max(float(items.scores_SI.mean()), blind.get(domain, 0.0))
     out = {name: scores for name, scores in (("majority", majority), ("blind", blind)) if scores}
     for by_domain in out.values():
-        if results.domains and all(domain in by_domain for domain in results.domains):
+        if results.scale and all(domain in by_domain for domain in results.domains):
             by_domain[MEAN] = sum(by_domain[domain] for domain in results.domains) / len(results.domains)
     return out
 
@@ -146,21 +162,44 @@ def heat_rows(summary: Summary) -> list[HeatRow]:
     """Every mixed arm against solo: a cell for each domain, then the mean."""
     gaps = [contrast for contrast in summary.contrasts if contrast.metric == "gap"]
     order = {row.arm: place for place, row in enumerate(summary.arms)}
-    limit = heat_limit(summary)
+    limits = heat_limits(summary)
     rows = []
     for contrast in sorted(gaps, key=lambda contrast: order[contrast.arm]):
-        by_domain = contrast.difference.by_domain
-        intervals = [*(by_domain.get(domain) for domain in summary.results.domains), contrast.difference.mean]
-        cells = tuple(_heat_cell(interval, limit) if interval else None for interval in intervals)
+        found = contrast.difference
+        parts = [(scale, found.by_domain.get(domain)) for domain, scale in summary.results.scales.items()]
+        cells = tuple(
+            _heat_cell(interval, scale, limits[scale]) if scale and interval else None
+            for scale, interval in (*parts, (found.scale, found.mean))
+        )
         mixture = mixture_text(summary.results, contrast.arm)
         rows.append(HeatRow(arm=contrast.arm, mixture=mixture, cells=cells))
     return rows
 
 
-def heat_limit(summary: Summary) -> float:
-    """Difference at which the heat map's colours are strongest."""
+def heat_limits(summary: Summary) -> dict[Scale, float]:
+    """Difference at which the heat map's colours are strongest, on each scale."""
     gaps = [contrast.difference for contrast in summary.contrasts if contrast.metric == "gap"]
-    return nice_limit([i.mean for gap in gaps for i in (*gap.by_domain.values(), gap.mean)], least=0.05)
+    means: dict[Scale, list[float]] = {}
+    for gap in gaps:
+        for domain, interval in gap.by_domain.items():
+            means.setdefault(summary.results.scales[domain], []).append(interval.mean)
+        if gap.scale and gap.mean:
+            means[gap.scale].append(gap.mean.mean)
+    return {scale: nice_limit(values, 2.5 * UNITS[scale].least) for scale, values in means.items()}
+
+
+def limit_words(limits: Mapping[Scale, float]) -> str:
+    """The ends of axes, each in its unit: `5 points`."""
+    units = [(UNITS[scale], limit) for scale, limit in limits.items()]
+    return ", ".join(f"{round(limit * unit.factor, 6):g} {unit.name}" for unit, limit in units)
+
+
+def unit_words(results: StudyResults) -> str:
+    """What each domain's scores are, where not all are shares of answers that are right."""
+    if set(results.scorers.values()) <= {"exact-1"}:
+        return ""
+    scorers, scales = results.scorers, results.scales
+    return ", ".join(f"{d} by {scorers[d]} in {UNITS[scale].name}" for d, scale in scales.items())
 
 
 def mixture_text(results: StudyResults, arm: str) -> str:
@@ -204,17 +243,35 @@ def _panel(summary: Summary, metric: str, arm: str, question: str) -> Panel | No
     contrast = find(summary.contrasts, metric, arm)
     if contrast is None:
         return None
-    mean = contrast.difference.mean
+    found = contrast.difference
     answers = _GAP_ANSWERS if metric == "gap" else _QUESTIONS[metric][1]
-    place = ("loss", "gain", "flat").index(tone(mean))
+    is_clear = found.mean is not None and found.num_seeds >= MIN_SEEDS
+    kind = tone(found.mean) if found.mean else "flat"
+    rows: dict[Scale, list[tuple[str, Interval]]] = {}
+    if found.scale and found.mean:
+        rows[found.scale] = [(MEAN, found.mean)]
+    for domain, interval in found.by_domain.items():
+        rows.setdefault(summary.results.scales[domain], []).append((domain, interval))
     return Panel(
         question=question,
-        answer=answers[place] if mean.num_seeds >= MIN_SEEDS else "",
-        tone=tone(mean) if mean.num_seeds >= MIN_SEEDS else "none",
+        answer=answers[("loss", "gain", "flat").index(kind)] if is_clear else "",
+        tone=kind if is_clear else "none",
         symbol=METRICS[metric][0],
         contrast=contrast,
-        rows=((MEAN, mean), *contrast.difference.by_domain.items()),
+        rows=rows,
     )
+
+
+def _without_bars(title: str, reason: str) -> BarPanel:
+    return BarPanel(title=title, bars=(), marks={}, scale="fraction", top=1.0, reason=reason)
+
+
+def _limits(parts: Iterable[tuple[Scale, Interval]]) -> dict[Scale, float]:
+    """A round number for each scale that holds both ends of all its intervals."""
+    ends: dict[Scale, list[float]] = {}
+    for scale, interval in parts:
+        ends.setdefault(scale, []).extend((interval.low, interval.high))
+    return {scale: nice_limit(values, UNITS[scale].least) for scale, values in ends.items()}
 
 
 def _family(arm: str) -> str:
@@ -232,6 +289,7 @@ def _score(part: Breakdown, domain: str) -> Interval | None:
     return part.mean if domain == MEAN else part.by_domain.get(domain)
 
 
-def _heat_cell(interval: Interval, limit: float) -> HeatCell:
+def _heat_cell(interval: Interval, scale: Scale, limit: float) -> HeatCell:
     strength = round(70 * min(abs(interval.mean) / limit, 1.0))
-    return HeatCell(interval=interval, strength=strength, colour="loss" if interval.mean < 0 else "gain")
+    colour = "loss" if interval.mean < 0 else "gain"
+    return HeatCell(interval=interval, scale=scale, strength=strength, colour=colour)

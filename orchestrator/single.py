@@ -1,13 +1,14 @@
 """One run in this process: a recipe with overrides, its progress, its record."""
 
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from dashboards.units import UNITS, heading, points
 from orchestrator.progress import Progress, duration
 from orchestrator.store import Store, run_lock
 from orchestrator.study import RECIPES
@@ -16,7 +17,7 @@ from search_spaces.mixtures import MIXTURES
 from workloads.config import RunConfig, apply_overrides, from_tree, read_yaml
 from workloads.errors import require
 from workloads.identity import fingerprint
-from workloads.record import RunRecord, load
+from workloads.record import RunRecord, load, mean_score, no_mean
 
 
 def recipe_config(recipe: str, overrides: Iterable[str]) -> RunConfig:
@@ -68,12 +69,22 @@ def run_here(
 
 
 def show(record: RunRecord, folder: Path, console: Console, seconds: float | None) -> None:
-    """Print a run's scores with the standard error over its items, and where it is."""
-    table = Table("domain", "score", "± s.e.", "items", "loss", "majority")
+    """Print a run's scores with their standard errors over its items, their mean, and where it is."""
+    table = Table("domain", "scorer", "score", "± s.e.", "items", "loss", "majority")
     for domain, score in record.scores.items():
-        error = math.sqrt(score.score * (1 - score.score) / max(1, score.num_items))
-        cells = (f"{100 * score.score:.1f}", f"{100 * error:.1f}", str(score.num_items))
-        table.add_row(domain, *cells, f"{score.loss:.3f}", f"{100 * score.majority:.1f}")
+        shown = [
+            "–" if value is None else points(value, score.scale)
+            for value in (score.score, score.error, score.majority)
+        ]
+        numbers = (*shown[:2], str(score.num_items), f"{score.loss:.3f}", shown[2])
+        table.add_row(*map(escape, (heading(domain, score.scale), score.scorer_version, *numbers)))
     console.print(table)
+    mean, scales = mean_score(record.scores), {d: score.scale for d, score in record.scores.items()}
+    if mean is None:
+        console.print(no_mean(scales), markup=False, highlight=False, soft_wrap=True)
+    else:
+        scale = next(iter(scales.values()))
+        text = f"mean over domains: {points(mean, scale)} {UNITS[scale].name}"
+        console.print(text, markup=False, highlight=False)
     how = f"done in {duration(seconds)}" if seconds is not None else "was finished already"
     console.print(f"{record.fingerprint} {how}: {folder}", highlight=False, soft_wrap=True)

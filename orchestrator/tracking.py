@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dashboards.methods import COLUMNS, words
+from dashboards.units import SCALE_TAG
 from orchestrator.store import STUDY, Store
 from orchestrator.trials import flat_params
 from workloads.errors import UserError
-from workloads.record import ADAPTER, PREDICTIONS, RECORD, read_events, write_json
+from workloads.record import ADAPTER, PREDICTIONS, RECORD, no_mean, read_events, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -145,7 +146,7 @@ class Tracker:
             self._save()
         self._log_metrics(client, state, events)
         if row["status"] == "finished":
-            _log_methods(client, state["run"], folder)
+            _log_tags(client, state["run"], folder)
             _log_artifacts(client, state["run"], folder)
         if row["status"] != "running":
             end = row["ended"] or (events[-1]["time"] if events else 0)
@@ -234,12 +235,17 @@ def _log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> 
         client.log_batch(run, params=rows[start : start + _MAX_PARAMS])
 
 
-def _log_methods(client: "MlflowClient", run: str, folder: Path) -> None:
-    """What the run's method needs and can do, as tags that `compare` reads."""
+def _log_tags(client: "MlflowClient", run: str, folder: Path) -> None:
+    """What the run's method needs and can do, and scales but fractions, as tags that `compare` reads."""
     from mlflow.entities import RunTag
 
-    cells = words(json.loads((folder / RECORD).read_text(encoding="utf-8"))["capabilities"])
-    client.log_batch(run, tags=[RunTag(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)])
+    tree = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    tags = dict(zip(COLUMNS, words(tree["capabilities"]), strict=True))
+    scales = {domain: score.get("scale", "fraction") for domain, score in tree.get("scores", {}).items()}
+    tags |= {f"{SCALE_TAG}{domain}": scale for domain, scale in scales.items() if scale != "fraction"}
+    if len(set(scales.values())) > 1:
+        tags["no mean"] = no_mean(scales)
+    client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def _log_artifacts(client: "MlflowClient", run: str, folder: Path) -> None:

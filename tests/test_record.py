@@ -1,5 +1,6 @@
 """Records and events survive the disk exactly, and a kill leaves whole files."""
 
+import dataclasses
 import json
 
 import pytest
@@ -62,3 +63,25 @@ def test_an_event_line_cut_by_a_kill_is_left_out(tmp_path):
     with (tmp_path / record.EVENTS).open("a") as file:
         file.write('{"event": "tr')
     assert [event["step"] for event in record.read_events(tmp_path)] == [1]
+
+
+def test_a_record_that_names_no_scorer_is_of_exact_match_on_a_fraction(tmp_path):
+    record.save(example(), tmp_path)
+    tree = json.loads((tmp_path / record.RECORD).read_text())
+    old = ("score", "num_items", "loss", "by_type", "majority")
+    tree["scores"]["general"] = {key: tree["scores"]["general"][key] for key in old}
+    (tmp_path / record.RECORD).write_text(json.dumps(tree))
+    score = record.load(tmp_path).scores["general"]
+    assert (score.scorer, score.scorer_version, score.scale) == ("exact", "exact-1", "fraction")
+    assert (score.score, score.error) == (0.1 + 0.2, None)
+
+
+def test_scores_on_several_scales_have_no_mean():
+    one = example().scores["general"]
+    other = dataclasses.replace(one, score=0.5)
+    assert record.mean_score({"a": one, "b": other}) == ((0.1 + 0.2) + 0.5) / 2
+    captions = dataclasses.replace(one, score=1.2, scorer="cider_d", scale="cider")
+    assert record.mean_score({"a": one, "b": captions}) is None
+    assert record.mean_score({"b": captions}) == 1.2
+    told = record.no_mean({"a": one.scale, "b": captions.scale})
+    assert told.endswith("scales differ: a 0 to 1 (fraction), b 0 to 10 (cider)")

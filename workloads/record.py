@@ -8,10 +8,10 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from workloads.errors import require
 
@@ -23,11 +23,14 @@ REJECTED = "rejected.jsonl"
 ADAPTER = "adapter"
 CHECKPOINT = "checkpoint"
 RECORD_VERSION = 1
+Scale = Literal["fraction", "percent", "cider"]
+# Scale -> the best score on it; 0 is the worst on each.
+TOP: Mapping[Scale, float] = {"fraction": 1.0, "percent": 100.0, "cider": 10.0}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainScore:
-    """Score of one domain: share of items answered right, in [0, 1]."""
+    """Score of one domain by its own scorer, on that scorer's scale."""
 
     score: float
     num_items: int
@@ -35,8 +38,15 @@ class DomainScore:
     loss: float
     # Question type -> (score, number of items).
     by_type: dict[str, tuple[float, int]]
-    # Score of always giving the most frequent training answer to each question.
-    majority: float
+    # Score of always giving the most frequent training answer to each question; None where there is no such answer:
+    # in a domain that has no training split, and in captions.
+    majority: float | None
+    # Name and version of the scorer.
+    scorer: str = "exact"
+    scorer_version: str = "exact-1"
+    scale: Scale = "fraction"
+    # Standard error over the items; None for a single item, and in records that do not tell.
+    error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,19 @@ class RunRecord:
     cost: Cost
     # How often the run was resumed.
     num_resumes: int = 0
+
+
+def mean_score(scores: Mapping[str, DomainScore]) -> float | None:
+    """Mean over domains; None when their scores lie on different scales."""
+    if len({score.scale for score in scores.values()}) > 1:
+        return None
+    return sum(score.score for score in scores.values()) / len(scores)
+
+
+def no_mean(scales: Mapping[str, Scale]) -> str:
+    """Why domains have no mean, from the scale of each."""
+    told = ", ".join(f"{domain} 0 to {TOP[scale]:g} ({scale})" for domain, scale in scales.items())
+    return f"no mean over domains, since their scales differ: {told}"
 
 
 def write_json(path: Path, value: Any) -> None:

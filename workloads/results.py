@@ -16,7 +16,7 @@ from workloads.data import pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool
 from workloads.evaluation.answer import Answered
-from workloads.evaluation.scorers import exact, majority
+from workloads.evaluation.scorers import SCORERS, majority, score_rows
 from workloads.llava.build import base_name
 from workloads.llava.kinds import Shape
 from workloads.record import Cost, DomainScore, RunRecord
@@ -25,30 +25,42 @@ from workloads.training.loop import Trained
 
 
 def domain_scores(config: RunConfig, answered: Answered) -> dict[str, DomainScore]:
-    """Mean scores of each domain, beside the score of always giving the usual training answer."""
-    source = sources.of(config.data)
-    trained = source.domains("train")
+    """Scores of each domain, beside the score of always giving the usual training answer."""
     scores: dict[str, DomainScore] = {}
-    for domain, loss in answered.losses.items():
+    for domain, group in answered.groups.items():
         rows = [row for row in answered.predictions if row["domain"] == domain]
-        known = pool.last_turns(source.load(domain, "train")) if domain in trained else ([], [])
-        usual = majority(*known)
-        types = sorted({row["question_type"] for row in rows})
-        groups = {t: [row["score"] for row in rows if row["question_type"] == t] for t in types}
         scores[domain] = DomainScore(
-            score=sum(row["score"] for row in rows) / len(rows),
-            num_items=len(rows),
-            loss=loss,
-            by_type={t: (sum(values) / len(values), len(values)) for t, values in groups.items()},
-            majority=sum(exact(usual.get(row["prompt"], ""), row["answer"]) for row in rows) / len(rows),
+            score=group.score,
+            num_items=group.num_items,
+            loss=answered.losses[domain],
+            by_type=group.by_type,
+            majority=_majority(config, domain, rows, group.scorer),
+            scorer=group.scorer,
+            scorer_version=group.version,
+            scale=group.scale,
+            error=group.error,
         )
     return scores
 
 
+def _majority(config: RunConfig, domain: str, rows: Sequence[Mapping[str, Any]], scorer: str) -> float | None:
+    """The score of always giving the usual training answer; None without training answers, and for captions."""
+    source = sources.of(config.data)
+    if domain not in source.domains("train") or SCORERS[scorer].corpus is not None:
+        return None
+    usual = majority(*pool.last_turns(source.load(domain, "train")))
+    given = [{"raw": usual.get(row["prompt"], ""), "answer": row["answer"]} for row in rows]
+    return score_rows(scorer, given).total
+
+
 def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, float | int | str]:
-    """The `eval` event: mean score, and score and loss by domain and question type."""
+    """The `eval` event: the mean score or why there is none, and score and loss by domain and question type."""
     metrics: dict[str, float | int | str] = {"event": "eval", "step": step}
-    metrics["score"] = sum(s.score for s in scores.values()) / len(scores)
+    mean = record.mean_score(scores)
+    if mean is None:
+        metrics["no_mean"] = record.no_mean({domain: score.scale for domain, score in scores.items()})
+    else:
+        metrics["score"] = mean
     for domain, score in scores.items():
         metrics[f"score/{domain}"] = score.score
         metrics[f"eval_loss/{domain}"] = score.loss

@@ -65,9 +65,9 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         loop = Loop(config, llava, attached, trace, trained_engine, pools, stream)
         trained = loop.run(folder / record.CHECKPOINT, emit)
         weights = checkpoint.weights_of(llava.model, attached)
-        mark = time.monotonic()
-        answered = answer(config, llava, trace, eval_pools, items)
-        eval_seconds = time.monotonic() - mark
+        # Where training was kept, evaluation is: beside the weights that answer.
+        kept = checkpoint.latest(folder / record.CHECKPOINT) if config.execution.checkpoint_every else None
+        answered = answer(config, llava, trace, eval_pools, items, kept)
         optimizer_bytes = trained_engine.optimizer_bytes()
     finally:
         trained_engine.close()
@@ -82,7 +82,7 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
         scores=scores,
         routing=answered.routing,
         cost=results.cost(
-            trained, attached, llava.model.config, num_trained, eval_seconds, time.monotonic() - began
+            trained, attached, llava.model.config, num_trained, answered.seconds, time.monotonic() - began
         ),
     )
     results.write(config, folder, result, weights, attached, answered.predictions)

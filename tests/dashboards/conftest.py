@@ -34,6 +34,8 @@ CHANCES = {
     "mole_hard": (0.74, 0.64, 0.89),
     "mole_scaled": (0.79, 0.72, 0.91),
 }
+# Scorer of a scale -> its version, and what a right answer is worth.
+SCORERS = {"fraction": ("exact", 1.0), "percent": ("bleu", 100.0), "cider": ("cider_d", 2.0)}
 WEIGHTS = {"lora": (412_160, 148_480, 148_480), "mole": (611_840, 348_160, 151_552)}
 
 
@@ -89,18 +91,34 @@ def predictions_of(rng, chances, seed_shift, num_items):
     return rows
 
 
-def domain_scores(rows):
+def on_scale(row, scale):
+    """The row as the scorer of that scale leaves it; BLEU's rows have no scores of their own."""
+    name, worth = SCORERS[scale]
+    row = {**row, "value" if scale == "percent" else "score": row["score"] * worth, "scorer": f"{name}-1"}
+    if scale == "percent":
+        del row["score"]
+    return row
+
+
+def value_of(row):
+    return row["score"] if "score" in row else row["value"]
+
+
+def domain_scores(rows, scales):
     out = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
         mine = [row for row in rows if row["domain"] == domain]
         by_type = {}
         for name in dict.fromkeys(row["question_type"] for row in mine):
-            hits = [row["score"] for row in mine if row["question_type"] == name]
+            hits = [value_of(row) for row in mine if row["question_type"] == name]
             by_type[name] = (sum(hits) / len(hits), len(hits))
-        score = sum(row["score"] for row in mine) / len(mine)
+        score = sum(value_of(row) for row in mine) / len(mine)
+        scale = scales.get(domain, "fraction")
+        scorer = SCORERS[scale][0]
         out[domain] = records.DomainScore(
-            score=score, num_items=len(mine), loss=1.4 - score, by_type=by_type, majority=0.21
-        )
+            score=score, num_items=len(mine), loss=1.4 - score, by_type=by_type,
+            majority=0.21 if scale == "fraction" else None, scorer=scorer, scorer_version=f"{scorer}-1", scale=scale,
+        )  # fmt: skip
     return out
 
 
@@ -109,7 +127,7 @@ def routing_of(rng):
     return {domain: shares[d].round(4).tolist() for d, domain in enumerate(DOMAINS)}
 
 
-def write_run(root, arm, seed, chances, num_items):
+def write_run(root, arm, seed, chances, num_items, scales):
     """One finished run folder; returns its fingerprint and configuration."""
     rng = np.random.default_rng([seed, *arm.encode()])
     method = "mole" if arm.startswith("mole") else "lora"
@@ -120,6 +138,7 @@ def write_run(root, arm, seed, chances, num_items):
     folder.mkdir(parents=True)
     shift = float(np.random.default_rng(seed).normal(0, 0.015) + rng.normal(0, 0.01))
     rows = predictions_of(rng, chances, shift, num_items)
+    rows = [on_scale(row, scales[row["domain"]]) if row["domain"] in scales else row for row in rows]
     (folder / records.PREDICTIONS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     num_samples = sum(round(weight * config["data"]["samples"]) for weight in mixture.values())
     num_steps = num_samples // 16
@@ -153,7 +172,7 @@ def write_run(root, arm, seed, chances, num_items):
             num_samples=num_samples,
             num_rejected=0,
             train_loss=dict.fromkeys(mixture, 0.6),
-            scores=domain_scores(rows),
+            scores=domain_scores(rows, scales),
             routing=routing_of(rng) if method == "mole" else {},
             cost=records.Cost(
                 seconds=num_samples / 60 + 9,
@@ -176,18 +195,18 @@ def make_study(root, name="twice_the_samples", **changes):
     """Write study.json and its runs under `root`; returns the study's folder.
 
     Changes: chances {arm: chances}, seeds, num_items, comparison, unfinished {(arm, seed): (status, error)},
-    and any key of study.json.
+    scales {domain: scale}, and any key of study.json.
     """
     chances = changes.pop("chances", CHANCES)
     seeds, num_items = changes.pop("seeds", range(8)), changes.pop("num_items", 60)
-    unfinished = changes.pop("unfinished", {})
+    unfinished, scales = changes.pop("unfinished", {}), changes.pop("scales", {})
     trials = []
     for seed in seeds:
         for arm, chance in chances.items():
             status, error = unfinished.get((arm, seed), ("finished", ""))
             row = {"arm": arm, "seed": seed, "fingerprint": fingerprint_of(arm, seed), "status": status}
             if status == "finished":
-                _, row["config"] = write_run(root, arm, seed, chance, num_items)
+                _, row["config"] = write_run(root, arm, seed, chance, num_items, scales)
             trials.append(row | {"error": error, "started": 1.8e9, "ended": 1.8e9 + 60})
     tree = {
         "schema_version": 1,

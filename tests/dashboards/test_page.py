@@ -7,7 +7,8 @@ import pytest
 
 from dashboards.load import study_results
 from dashboards.page import render, write
-from dashboards.rows import signed, summarise
+from dashboards.rows import summarise
+from dashboards.units import signed
 from dashboards.views import arm_colours, legend
 
 EVIL = "<script>alert(1)</script>\"'&{{ 7 * 7 }}</style>"

@@ -9,8 +9,9 @@ import pytest
 from rich.console import Console
 
 from dashboards.load import CompareRow, study_results
-from dashboards.rows import bracket, signed, spread, summarise, with_spread
+from dashboards.rows import summarise
 from dashboards.tables import comparison, summary
+from dashboards.units import bracket, signed, spread, with_spread
 from workloads.evaluation.statistics import Interval
 
 ARMS = ("lora_mix", "lora_mix_2n", "mole_hard", "mole_scaled")

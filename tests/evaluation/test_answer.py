@@ -1,7 +1,9 @@
 """Answers in batches are the answers one at a time: same texts, same losses, same experts."""
 
 import copy
+import weakref
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tests import references
 from tests.training.runs import small
 from workloads import adapters
 from workloads.adapters.base import Trace
+from workloads.evaluation import answer as answer_module
 from workloads.evaluation.answer import answer
 from workloads.llava.build import Llava, build
 from workloads.training import engine
@@ -58,10 +61,11 @@ def alone(setting):
     return texts, losses, shares
 
 
-def answered(setting, batch):
+def answered(setting, batch, folder=None):
     llava, trace, pools = setting
     config = small("mole", execution={"eval_batch": batch})
-    return answer(config, llava, trace, pools, {domain: range(count) for domain, count in COUNTS.items()})
+    items = {domain: range(count) for domain, count in COUNTS.items()}
+    return answer(config, llava, trace, pools, items, folder)
 
 
 def test_the_prompts_have_different_lengths(setting):
@@ -121,3 +125,73 @@ def test_the_method_is_told_of_every_row_before_answering_and_before_teaching(se
         assert tasks == [item.domain for item in batch]
         assert lengths == tuple(references.prompt(llava.processor, item)[0].shape[1] for item in batch)
         assert named == {"counted": True}
+
+
+class Stopped(Exception):
+    """The worker is gone."""
+
+
+def stopped_after(monkeypatch, num_batches):
+    """Let `answer` come to an end when it has generated that often."""
+    generate, calls = answer_module._generate, []
+
+    def counted(*given):
+        if len(calls) == num_batches:
+            raise Stopped
+        calls.append(len(given[-1]))
+        return generate(*given)
+
+    monkeypatch.setattr(answer_module, "_generate", counted)
+    return calls
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("torn", [False, True])
+def test_answering_goes_on_where_it_was_killed_with_the_same_numbers_to_the_bit(
+    batch, torn, setting, tmp_path, monkeypatch
+):
+    whole = answered(setting, batch)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 2)
+        with pytest.raises(Stopped):
+            answered(setting, batch, tmp_path)
+    (kept,) = tmp_path.iterdir()
+    if torn:
+        kept.write_bytes(kept.read_bytes()[:-9])
+    with monkeypatch.context() as patch:
+        calls = stopped_after(patch, 99)
+        again = answered(setting, batch, tmp_path)
+    assert sum(calls) == sum(COUNTS.values()) - batch * (1 if torn else 2)
+    assert replace(again, seconds=0) == replace(whole, seconds=0)
+    with monkeypatch.context() as patch:
+        stopped_after(patch, 0)
+        assert replace(answered(setting, batch, tmp_path), seconds=0) == replace(whole, seconds=0)
+
+
+def test_batches_of_another_size_are_not_gone_on_with(setting, tmp_path):
+    answered(setting, 4, tmp_path)
+    result = answered(setting, 2, tmp_path)
+    assert replace(result, seconds=0) == replace(answered(setting, 2), seconds=0)
+
+
+class Fleeting:
+    """A pool that decodes a new sample each time, and counts those that somebody still holds."""
+
+    def __init__(self, items, held):
+        self.items, self.held = items, held
+
+    def sample(self, index):
+        item = replace(self.items.sample(index))
+        self.held["now"] += 1
+        self.held["most"] = max(self.held["most"], self.held["now"])
+        weakref.finalize(item, lambda: self.held.update(now=self.held["now"] - 1))
+        return item
+
+
+def test_no_more_samples_are_held_than_two_batches(setting):
+    llava, trace, _ = setting
+    counts, held = dict.fromkeys(COUNTS, 10), {"now": 0, "most": 0}
+    pools = {domain: Fleeting(items, held) for domain, items in references.pools(counts).items()}
+    config = small("mole", execution={"eval_batch": 2}, eval={"max_new_tokens": 1})
+    answer(config, llava, trace, pools, {domain: range(10) for domain in COUNTS})
+    assert 2 <= held["most"] <= 4

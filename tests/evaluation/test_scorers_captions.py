@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workloads.evaluation.scorers.captions import bleu, cider_d, rouge_l, words
+from workloads.evaluation.scorers import standard_error
+from workloads.evaluation.scorers.captions import bleu, bleu_parts, cider_d, rouge_l, words
 
 sentence = st.lists(st.sampled_from("pqrst"), max_size=7).map(" ".join)
 references = st.lists(sentence, min_size=1, max_size=3)
@@ -133,3 +134,25 @@ def test_rouge_l_of_a_caption_computed_by_hand():
     assert total == pytest.approx(5 / 6, abs=1e-12)
     # Not stemmed.
     assert rouge_l(["dogs"], [["dog"]])[1] == 0.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(corpus)
+def test_parts_of_bleu_have_its_value_as_mean_and_its_jackknife_error(items):
+    raws, answers = [raw for raw, _ in items], [of_row for _, of_row in items]
+    parts, (_, total) = bleu_parts(raws, answers), bleu(raws, answers)
+    assert sum(parts) / len(parts) == pytest.approx(total, abs=1e-9)
+    if len(items) > 1:
+        without = []
+        for i in range(len(items)):
+            _, left = bleu(raws[:i] + raws[i + 1 :], answers[:i] + answers[i + 1 :])
+            without.append(left)
+        middle = sum(without) / len(without)
+        wanted = (len(items) - 1) / len(items) * sum((left - middle) ** 2 for left in without)
+        assert standard_error(parts) == pytest.approx(math.sqrt(wanted), abs=1e-9)
+
+
+def test_a_single_caption_has_no_error():
+    assert bleu_parts(["a b c d e"], [["a b c d e"]]) == [pytest.approx(100.0)]
+    assert standard_error([100.0]) is None
+    assert standard_error([1.0, 3.0]) == pytest.approx(1.0)

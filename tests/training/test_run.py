@@ -15,6 +15,7 @@ from tests.adapters.minimal import make_config
 from tests.training.runs import do, small
 from workloads import adapters, record
 from workloads.errors import UserError
+from workloads.evaluation import answer as answer_module
 from workloads.evaluation.scorers import exact, normalise
 from workloads.llava.build import build
 from workloads.run import run
@@ -122,6 +123,52 @@ def test_killed_in_the_middle_and_resumed_gives_bit_equal_numbers(tmp_path):
     assert [r["step"] for r in rest if r["event"] == "train"] == [12]
     events = [(e["step"], e["loss"]) for e in record.read_events(folder) if e["event"] == "train"]
     assert events == losses(reports)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def test_a_run_killed_while_it_answers_goes_on_there_with_the_same_record_and_predictions(
+    tmp_path, monkeypatch
+):
+    config = small("mole", execution={"checkpoint_every": 5, "eval_batch": 5})
+    whole, reports = do(config, tmp_path / "whole")
+    generate, calls = answer_module._generate, []
+
+    def dies(*given):
+        if len(calls) == 3:
+            raise Killed
+        calls.append(given)
+        return generate(*given)
+
+    folder = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_module, "_generate", dies)
+        with pytest.raises(Killed):
+            do(config, folder)
+    assert [path.name for path in (folder / record.CHECKPOINT).iterdir()] == ["step-00000012"]
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(answer_module, "_generate", lambda *given: calls.append(given) or generate(*given))
+        resumed, rest = do(config, folder)
+    assert len(calls) == 2  # of five batches
+    assert [r["event"] for r in rest] == ["eval", "finished"]  # nothing is trained again
+    assert numbers(resumed) == numbers(whole)
+    assert (resumed.num_resumes, whole.num_resumes) == (1, 0)
+    names = [tmp_path / name / record.PREDICTIONS for name in ("whole", "killed")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    assert losses([*record.read_events(folder)]) == losses(reports)
+    assert resumed.cost.train_seconds > 0.1
+    assert resumed.cost.samples_per_second == pytest.approx(96 / resumed.cost.train_seconds)
+
+
+def test_nothing_of_an_evaluation_is_kept_unless_training_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        answer_module, "_joined", lambda *given: pytest.fail(str([*tmp_path.rglob("answers*")]))
+    )
+    with pytest.raises(pytest.fail.Exception, match=r"^\[\]"):
+        do(small("lora", data={"samples": 2}), tmp_path)
 
 
 def test_a_half_written_checkpoint_is_not_resumed_from(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 
 from tests.training.runs import do, small, two_processes
 from workloads import adapters, record
+from workloads.evaluation import answer as answer_module
 from workloads.run import run
+from workloads.training import engine
 
 STAGES = (0, 1, 2, 3)
 # 17 samples a domain: the last step has 3 samples for two workers and a micro-batch of 2.
@@ -135,6 +137,40 @@ def go_on(folder):
             do(resumable(stage), folder / f"{name}-{stage}")
 
 
+def answering():
+    """Two workers that answer 21 items in batches of 2."""
+    execution = {"workers": 2, "micro_batch": 4, "checkpoint_every": 2, "eval_batch": 2}
+    tree = {"data": {"samples": 4}, "eval": {"samples": 7, "max_new_tokens": 2}}
+    return small("mole", execution=execution, **tree)
+
+
+def die_answering(folder):
+    """The first worker is gone after four batches, the second after two."""
+    generate, calls = answer_module._generate, []
+
+    def dies(*given):
+        if len(calls) == (4, 2)[engine.rank()]:
+            raise KeyboardInterrupt
+        calls.append(given)
+        return generate(*given)
+
+    answer_module._generate = dies
+    try:
+        do(answering(), folder / "killed")
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run was not stopped")
+
+
+def go_on_answering(folder):
+    """Finish what was broken off, and do the same run in one go."""
+    generate, calls = answer_module._generate, []
+    answer_module._generate = lambda *given: calls.append(given) or generate(*given)
+    do(answering(), folder / "killed")
+    assert len(calls) == 4, "six batches, of which both workers had two"
+    do(answering(), folder / "whole")
+
+
 CALL = """
 import sys
 from pathlib import Path
@@ -164,3 +200,13 @@ def test_two_workers_resume_to_the_bit(stage, resumed):
         assert getattr(one, name) == getattr(two, name), name
     weights = adapters.read(whole / record.ADAPTER)
     assert all(tensor.equal(weights[name]) for name, tensor in adapters.read(broken / record.ADAPTER).items())
+
+
+def test_two_workers_go_on_answering_with_the_batch_that_both_have(tmp_path):
+    for function in ("die_answering", "go_on_answering"):
+        two_processes(CALL.format(function=function), tmp_path)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert (killed / record.PREDICTIONS).read_bytes() == (whole / record.PREDICTIONS).read_bytes()
+    one, two = record.load(killed), record.load(whole)
+    assert (one.scores, one.routing, one.train_loss) == (two.scores, two.routing, two.train_loss)
+    assert (one.num_resumes, two.num_resumes) == (1, 0)

@@ -5,6 +5,7 @@ Shape letters: L layers that route, B batch, T tokens, E experts, N supervised t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +13,26 @@ import torch
 from workloads import routing
 from workloads.adapters.base import Trace
 from workloads.config import RunConfig
+from workloads.data import sources
 from workloads.data.collate import prompt_batch, train_batch
 from workloads.data.pool import Pool, Sample
-from workloads.evaluation.scorers import exact, normalise
+from workloads.evaluation import predictions
+from workloads.evaluation.predictions import Group
+from workloads.evaluation.progress import Progress
 from workloads.llava.build import DTYPES, Llava
 from workloads.training import engine, loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answered:
-    """All predictions in item order, loss sums and tokens by domain, tokens on each expert by domain and layer."""
+    """All predictions in item order; by domain scores, loss per token, and by layer the share of tokens on experts."""
 
     predictions: list[dict[str, Any]]
+    groups: dict[str, Group]
     losses: dict[str, float]
     routing: dict[str, list[list[float]]]
+    # Time taken on this worker, that before a kill included.
+    seconds: float
 
 
 @torch.no_grad()
@@ -35,26 +42,30 @@ def answer(
     trace: Trace,
     pools: Mapping[str, Pool],
     items: Mapping[str, Sequence[int]],
+    folder: Path | None = None,
 ) -> Answered:
-    """Answer `items` (domain -> pool indices) with a KV cache; every rank gets the whole result."""
+    """Answer `items` (domain -> pool indices) with a KV cache; every rank gets the whole result.
+
+    With a `folder`, which belongs to these weights, finished batches are kept there and not answered again.
+    """
     llava.model.eval()
-    samples = [pools[d].sample(i) for d in sorted(items) for i in items[d]]
-    world, rank = engine.world_size(), engine.rank()
+    slots = [(domain, index) for domain in sorted(items) for index in items[domain]]
+    world, rank, size = engine.world_size(), engine.rank(), config.execution.eval_batch
     # Under ZeRO-3 every rank must generate equally often, so short ranks repeat an item.
-    share = -(-len(samples) // world)
+    share = -(-len(slots) // world)
     places = [rank + k * world for k in range(share)]
-    domains = sorted(items)
-    sums = {d: [0.0, 0.0] for d in domains}
-    experts: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    for start in range(0, share, config.execution.eval_batch):
-        chosen = places[start : start + config.execution.eval_batch]
-        batch = [samples[min(place, len(samples) - 1)] for place in chosen]
-        rows += _generate(config, llava, trace, batch)
+    layout = f"worker {rank} of {world}, batches of {size}"
+    progress = Progress(sorted(items), folder and folder / f"answers-{rank}.jsonl", layout)
+    for start in range(progress.num_batches * size, share, size):
+        chosen = places[start : start + size]
+        asked = [slots[min(place, len(slots) - 1)] for place in chosen]
+        batch = [pools[domain].sample(index) for domain, index in asked]
+        rows = _generate(config, llava, trace, batch)
         trace.clear()
-        _teach(config, llava, trace, batch, [place < len(samples) for place in chosen], sums, experts)
+        _teach(config, llava, trace, batch, [place < len(slots) for place in chosen], progress)
         trace.clear()
-    return _joined(rows, sums, experts, share, world, len(samples), domains)
+        progress.add(rows)
+    return _joined(config, progress, len(slots))
 
 
 def _generate(
@@ -78,15 +89,14 @@ def _generate(
 
 
 def _row(sample: Sample, raw: str) -> dict[str, Any]:
+    """What was asked and said; `answer` is one reference, or the list of several."""
     return {
         "id": sample.id,
         "domain": sample.domain,
         "question_type": sample.question_type,
         "prompt": sample.question,
-        "answer": sample.answer,
+        "answer": sample.answers[0] if len(sample.answers) == 1 else list(sample.answers),
         "raw": raw,
-        "normalised": normalise(raw),
-        "score": exact(raw, sample.answer),
     }
 
 
@@ -96,48 +106,44 @@ def _teach(
     trace: Trace,
     samples: Sequence[Sample],
     counted: Sequence[bool],
-    sums: dict[str, list[float]],
-    experts: dict[str, Any],
+    progress: Progress,
 ) -> None:
     """Add the gold answers' loss and all valid tokens' routing to the running sums, for samples that count."""
     batch = train_batch(samples, llava).to(engine.device(), DTYPES[config.optim.dtype])
     batch.begin(trace)
     losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
     counted_N = torch.tensor(counted, device=rows_N.device)[rows_N]
-    totals, tokens = loss.by_domain(losses_N[counted_N], rows_N[counted_N], batch, list(sums))
-    for domain, total, count in zip(sums, totals, tokens, strict=True):
-        sums[domain][0] += total
-        sums[domain][1] += count
+    totals, tokens = loss.by_domain(losses_N[counted_N], rows_N[counted_N], batch, list(progress.sums))
+    for sums, total, count in zip(progress.sums.values(), totals, tokens, strict=True):
+        sums[0] += total
+        sums[1] += count
     if not trace.routes:
         return
     choice_LBT = torch.stack([route.choice_BT for route in trace.routes])
     num_experts = trace.routes[0].probs_BTE.shape[-1]
-    load_LBE = routing.load(choice_LBT, batch.mask_BT, num_experts).double()
+    load_LBE = routing.load(choice_LBT, batch.mask_BT, num_experts).double().cpu()
     for i, sample in enumerate(samples):
-        if not counted[i]:
-            continue
-        previous = experts.get(sample.domain, torch.zeros_like(load_LBE[:, 0]))
-        experts[sample.domain] = previous + load_LBE[:, i]
+        if counted[i]:
+            progress.count(sample.domain, load_LBE[:, i])
 
 
-def _joined(
-    rows: list[dict[str, Any]],
-    sums: dict[str, list[float]],
-    experts: dict[str, Any],
-    share: int,
-    world: int,
-    num_items: int,
-    domains: list[str],
-) -> Answered:
-    """All ranks' parts, repeated items dropped."""
-    parts = engine.gather_objects((rows, sums, {d: t.tolist() for d, t in experts.items()}))
+def _joined(config: RunConfig, progress: Progress, num_items: int) -> Answered:
+    """All ranks' parts, repeated items dropped, scored by each domain's scorer."""
+    experts = {domain: load_LE.tolist() for domain, load_LE in progress.experts_LE.items()}
+    parts = engine.gather_objects((progress.rows, progress.sums, experts))
+    world = len(parts)
     ordered = [parts[k % world][0][k // world] for k in range(num_items)]
-    assert len(parts[0][0]) == share
-    losses, loads = {}, {}
-    for d in domains:
+    assert all(len(rows) == -(-num_items // world) for rows, _, _ in parts)
+    losses, loads, groups = {}, {}, {}
+    scored: list[dict[str, Any]] = []
+    source = sources.of(config.data)
+    for d in progress.sums:
         losses[d] = sum(part[1][d][0] for part in parts) / sum(part[1][d][1] for part in parts)
         counts = [torch.tensor(part[2][d], dtype=torch.float64) for part in parts if d in part[2]]
         if counts:
             total_LE = torch.stack(counts).sum(dim=0)
             loads[d] = (total_LE / total_LE.sum(dim=1, keepdim=True)).tolist()
-    return Answered(predictions=ordered, losses=losses, routing=loads)
+        rows = [row for row in ordered if row["domain"] == d]
+        groups[d], kept = predictions.scored(rows, source.scorer(d))
+        scored += kept
+    return Answered(predictions=scored, groups=groups, losses=losses, routing=loads, seconds=progress.seconds)

@@ -19,19 +19,23 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workloads.evaluation.statistics import FloatArray, Interval, interval, mean_interval, over_seeds
+from workloads.record import Scale
 
 SOLO = "solo"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ItemScores:
-    """Item scores on one domain: of an arm, in [0, 1], or differences of two arms, in [-1, 1]."""
+    """Item scores on one domain: of an arm, on the domain's scale, or differences of two arms."""
 
     seeds: tuple[int, ...]
     ids: tuple[str, ...]
     # Question type of each item.
     question_types: tuple[str, ...]
     scores_SI: FloatArray
+    scale: Scale = "fraction"
+    # The items have no scores of their own, but parts of one score of all: their mean says nothing of some of them.
+    whole: bool = False
 
     def __post_init__(self) -> None:
         assert self.scores_SI.shape == (len(self.seeds), len(self.ids)), "scores are seeds x items"
@@ -65,11 +69,18 @@ class Breakdown:
     by_domain: dict[str, Interval]
     # Question type -> domain -> interval.
     by_type: dict[str, dict[str, Interval]]
-    # Question type -> mean over the domains that ask it.
+    # Question type -> mean over the domains that ask it, where they share a scale.
     type_mean: dict[str, Interval]
-    mean: Interval
+    # The scale of all domains; where they have several, it is None, and so are the means.
+    scale: Scale | None
+    mean: Interval | None
     # The mean again, with a t-interval over seeds only.
-    seeds_only: Interval
+    seeds_only: Interval | None
+
+    @property
+    def num_seeds(self) -> int:
+        """Seeds of every interval."""
+        return next(iter(self.by_domain.values())).num_seeds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +103,20 @@ def breakdown(scores: ArmScores) -> Breakdown:
     if len(set(seeds.values())) != 1:
         raise ValueError(f"the domains have different seeds: {seeds}")
     types = sorted({name for items in scores.values() for name in items.question_types})
-    by_type_SI = {name: _of_type(scores, name) for name in types}
-    mean_S = np.mean([items.scores_SI.mean(axis=1) for items in scores.values()], axis=0)
+    by_type_SI = {name: parts for name in types if (parts := _of_type(scores, name))}
+    scale = _shared(scores, scores)
+    means_S = [items.scores_SI.mean(axis=1) for items in scores.values()]
     return Breakdown(
         by_domain={domain: interval(items.scores_SI) for domain, items in scores.items()},
         by_type={name: {d: interval(v) for d, v in parts.items()} for name, parts in by_type_SI.items()},
-        type_mean={name: mean_interval(list(parts.values())) for name, parts in by_type_SI.items()},
-        mean=mean_interval([items.scores_SI for items in scores.values()]),
-        seeds_only=over_seeds(mean_S),
+        type_mean={
+            name: mean_interval(list(parts.values()))
+            for name, parts in by_type_SI.items()
+            if _shared(scores, parts)
+        },
+        scale=scale,
+        mean=mean_interval([items.scores_SI for items in scores.values()]) if scale else None,
+        seeds_only=over_seeds(np.mean(means_S, axis=0)) if scale else None,
     )
 
 
@@ -172,6 +189,7 @@ def _difference(domain: str, left: ItemScores, right: ItemScores) -> ItemScores:
     _same(f"{domain}: seeds", left.seeds, right.seeds)
     _same(f"{domain}: items", left.ids, right.ids)
     right = _select(right, left.seeds, left.ids, domain)
+    _same(f"{domain}: scales", [left.scale], [right.scale])
     if left.question_types != right.question_types:
         types = zip(left.ids, left.question_types, right.question_types, strict=True)
         odd = [name for name, one, other in types if one != other]
@@ -181,6 +199,8 @@ def _difference(domain: str, left: ItemScores, right: ItemScores) -> ItemScores:
         ids=left.ids,
         question_types=left.question_types,
         scores_SI=left.scores_SI - right.scores_SI,
+        scale=left.scale,
+        whole=left.whole,
     )
 
 
@@ -196,17 +216,27 @@ def _select(items: ItemScores, seeds: Sequence[int], ids: Sequence[str], domain:
         ids=tuple(ids),
         question_types=tuple(items.question_types[column] for column in columns),
         scores_SI=items.scores_SI[np.ix_(rows, columns)],
+        scale=items.scale,
+        whole=items.whole,
     )
 
 
 def _of_type(scores: ArmScores, question_type: str) -> dict[str, FloatArray]:
-    """Scores of the items of one question type, for the domains that ask it."""
+    """Scores of the items of one question type, for the domains that ask it and whose items have scores."""
     parts: dict[str, FloatArray] = {}
     for domain, items in scores.items():
+        if items.whole:
+            continue
         columns = [column for column, name in enumerate(items.question_types) if name == question_type]
         if columns:
             parts[domain] = items.scores_SI[:, columns]
     return parts
+
+
+def _shared(scores: ArmScores, domains: Iterable[str]) -> Scale | None:
+    """The one scale of `domains`, if they have one."""
+    scales = {scores[domain].scale for domain in domains}
+    return scales.pop() if len(scales) == 1 else None
 
 
 def _same(what: str, left: Iterable[object], right: Iterable[object]) -> None:

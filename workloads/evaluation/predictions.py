@@ -1,7 +1,8 @@
-"""Reads predictions.jsonl and recomputes its scores from that file alone, by domain and question type.
+"""Scores prediction rows, and reads predictions.jsonl back to compute its scores again from that file alone.
 
 A row is a JSON object with `id`, `domain`, `question_type`, `raw` and `answer` (one string, or several
-references); `score`, and `scorer` (a scorer's name or version), say what the run recorded.
+references); `scorer` (a scorer's name or version) and `score` say what the run recorded, or `value` where only a
+domain as a whole has a score: the row's part in it.
 """
 
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads.errors import UserError, nearest
-from workloads.evaluation.scorers import DEFAULT, SCORERS, Scale, find, score_rows
+from workloads.evaluation.scorers import DEFAULT, SCORERS, Scale, Scored, find, score_rows, standard_error
 
 _TEXTS = ("id", "domain", "question_type", "raw")
 # How far a recorded score may lie from the recomputed one: rounding, no more.
@@ -31,6 +32,8 @@ class Group:
     # On the scale.
     score: float
     num_items: int
+    # Standard error of the score over the items; None for a single one.
+    error: float | None
     # Question type -> (score, number of items); the mean of its rows' scores, which may depend on the whole domain.
     by_type: dict[str, tuple[float, int]]
 
@@ -81,6 +84,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def scored(rows: Sequence[Mapping[str, Any]], scorer: str) -> tuple[Group, list[dict[str, Any]]]:
+    """The scores of all rows of one domain, and the rows with what a file keeps: normalised answer, score, scorer."""
+    group, found = _group(rows[0]["domain"], scorer, rows)
+    key = "score" if found.rows is not None else "value"
+    version, normalise = SCORERS[scorer].version, SCORERS[scorer].normalise
+    kept = [
+        {**row, "normalised": normalise(row["raw"]), key: value, "scorer": version}
+        for row, value in zip(rows, found.values, strict=True)
+    ]
+    return group, kept
+
+
 def rescore(rows: Sequence[Mapping[str, Any]], scorer: str = "") -> Rescored:
     """Score rows of `read` again, all with `scorer` or each with its own; raises `UserError` for unknown scorers."""
     if scorer:
@@ -91,9 +106,9 @@ def rescore(rows: Sequence[Mapping[str, Any]], scorer: str = "") -> Rescored:
     groups: list[Group] = []
     compared: list[Difference] = []
     for (domain, name), members in sorted(parts.items()):
-        group, scores = _group(domain, name, members)
+        group, found = _group(domain, name, members)
         groups.append(group)
-        compared += _compared(name, members, scores)
+        compared += _compared(name, members, found)
     versions = {row["scorer"] for row in rows if "scorer" in row and not scorer}
     return Rescored(
         groups=tuple(groups),
@@ -136,8 +151,9 @@ def _row(line: str) -> dict[str, Any]:
         if not values or not all(_is_text(value) for value in values):
             several = " or a list of strings" if key == "answer" else ""
             raise ValueError(f"'{key}' is not a string{several}")
-    if not _is_number(row.get("score", 0.0)):
-        raise ValueError("'score' is not a number")
+    for key in ("score", "value"):
+        if not _is_number(row.get(key, 0.0)):
+            raise ValueError(f"'{key}' is not a number")
     if "scorer" in row and _name(row["scorer"]) not in SCORERS:
         raise ValueError(f"unknown scorer {row['scorer']!r}{nearest(row['scorer'], SCORERS)}")
     return row
@@ -157,38 +173,36 @@ def _name(scorer: str) -> str:
     return scorer if scorer in SCORERS else scorer.rpartition("-")[0]
 
 
-def _group(domain: str, name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Group, Sequence[float] | None]:
-    """The scores of a group, and of its rows where rows have one."""
-    scored = score_rows(name, rows)
+def _group(domain: str, name: str, rows: Sequence[Mapping[str, Any]]) -> tuple[Group, Scored]:
+    """The scores of a group, and of its rows."""
+    found = score_rows(name, rows)
     by_type: dict[str, tuple[float, int]] = {}
     for kind in sorted({row["question_type"] for row in rows}):
         places = [place for place, row in enumerate(rows) if row["question_type"] == kind]
-        if scored.rows is None:
+        if found.rows is None:
             total = score_rows(name, [rows[place] for place in places]).total
         else:
-            total = sum(scored.rows[place] for place in places) / len(places)
+            total = sum(found.rows[place] for place in places) / len(places)
         by_type[kind] = (total, len(places))
     group = Group(
         domain=domain,
         scorer=name,
         version=SCORERS[name].version,
-        scale=scored.scale,
-        score=scored.total,
+        scale=found.scale,
+        score=found.total,
         num_items=len(rows),
+        error=standard_error(found.values),
         by_type=by_type,
     )
-    return group, scored.rows
+    return group, found
 
 
-def _compared(
-    name: str, rows: Sequence[Mapping[str, Any]], scores: Sequence[float] | None
-) -> Iterator[Difference]:
+def _compared(name: str, rows: Sequence[Mapping[str, Any]], found: Scored) -> Iterator[Difference]:
     """Recorded beside recomputed, for the rows that have both by the same scorer."""
-    for row, score in zip(rows, scores or (), strict=scores is not None):
-        if "score" in row and _name(row.get("scorer", name)) == name:
-            yield Difference(
-                domain=row["domain"], id=row["id"], recorded=float(row["score"]), recomputed=score
-            )
+    key = "score" if found.rows is not None else "value"
+    for row, value in zip(rows, found.values, strict=True):
+        if key in row and _name(row.get("scorer", name)) == name:
+            yield Difference(domain=row["domain"], id=row["id"], recorded=float(row[key]), recomputed=value)
 
 
 def _mean(groups: Iterable[Group]) -> float | None:

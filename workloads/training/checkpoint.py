@@ -30,6 +30,8 @@ class Position:
     # Tallies of this rank as JSON text: all of training's last tenth, and since the last report.
     tallies: dict[str, str]
     num_resumes: int
+    # Time that training took up to there.
+    seconds: float
 
 
 def weights_of(model: nn.Module, attached: Attached) -> dict[str, Tensor]:
@@ -75,7 +77,12 @@ def save(
     record.write_json(part / f"worker-{rank}.json", position.tallies)
     if rank == 0:
         save_file(weights, part / "adapter.safetensors")
-        state = {"step": position.step, "num_resumes": position.num_resumes, "layout": layout}
+        state = {
+            "step": position.step,
+            "num_resumes": position.num_resumes,
+            "seconds": position.seconds,
+            "layout": layout,
+        }
         record.write_json(part / "state.json", state)
     engine.barrier()
     if rank == 0:
@@ -122,7 +129,12 @@ def load_position(path: Path, trained: engine.Engine, layout: str) -> Position:
     restore_rng(tensors)
     trained.load_optimizer_state(tensors)
     tallies = json.loads((path / f"worker-{rank}.json").read_text(encoding="utf-8"))
-    return Position(step=state["step"], tallies=tallies, num_resumes=state["num_resumes"] + 1)
+    return Position(
+        step=state["step"],
+        tallies=tallies,
+        num_resumes=state["num_resumes"] + 1,
+        seconds=state.get("seconds", 0.0),
+    )
 
 
 def remove_all(folder: Path) -> None:

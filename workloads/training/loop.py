@@ -68,13 +68,14 @@ class Loop:
 
     def run(self, folder: Path, emit: Emit) -> Trained:
         """Train from the newest checkpoint under `folder`, or from the start, to the end of the stream."""
-        start, num_resumes = 0, 0
+        start, num_resumes, seconds = 0, 0, 0.0
         if path := checkpoint.latest(folder):
             position = checkpoint.load_position(path, self.trained, self.layout)
-            start, num_resumes = position.step, position.num_resumes
+            start, num_resumes, seconds = position.step, position.num_resumes, position.seconds
             self.tallies = {name: Tally.from_json(text) for name, text in position.tallies.items()}
         execution = self.config.execution
-        began = mark = time.monotonic()
+        mark = time.monotonic()
+        began = mark - seconds
         self.trained.engine.train()
         for step in range(start, self.num_steps):
             self._step(step)
@@ -82,15 +83,15 @@ class Loop:
             if done % execution.report_every == 0 or done == self.num_steps:
                 self._report(done, time.monotonic() - mark, emit)
                 mark = time.monotonic()
-            if (
-                execution.checkpoint_every
-                and done % execution.checkpoint_every == 0
-                and done < self.num_steps
-            ):
+            # The last one is what a killed evaluation goes on from.
+            is_last = done == self.num_steps
+            if execution.checkpoint_every and (done % execution.checkpoint_every == 0 or is_last):
                 tallies = {name: tally.to_json() for name, tally in self.tallies.items()}
-                position = checkpoint.Position(step=done, tallies=tallies, num_resumes=num_resumes)
+                position = checkpoint.Position(
+                    step=done, tallies=tallies, num_resumes=num_resumes, seconds=time.monotonic() - began
+                )
                 checkpoint.save(folder, self.llava.model, self.attached, self.trained, position, self.layout)
-        return self._result(num_resumes, start, time.monotonic() - began)
+        return self._result(num_resumes, time.monotonic() - began)
 
     def _step(self, step: int) -> None:
         """One global batch: this rank's micro-batches, backward each, then the optimizer."""
@@ -168,11 +169,10 @@ class Loop:
         )
         self.tallies["window"].clear()
 
-    def _result(self, num_resumes: int, start: int, seconds: float) -> Trained:
+    def _result(self, num_resumes: int, seconds: float) -> Trained:
         tail, total = self.tallies["tail"].reduced(), self.tallies["total"].reduced()
         num_samples, num_tokens = sum(total.samples), sum(total.tokens)
         rows = list(zip(total.domains, total.samples, total.tokens, strict=True))
-        share = (self.num_steps - start) / max(1, self.num_steps)
         return Trained(
             train_loss=tail.losses(),
             sample_shares={domain: samples / num_samples for domain, samples, _ in rows},
@@ -180,6 +180,6 @@ class Loop:
             num_steps=self.num_steps,
             num_resumes=num_resumes,
             seconds=seconds,
-            samples_per_second=num_samples * share / max(seconds, 1e-9),
-            tokens_per_second=total.all_tokens * share / max(seconds, 1e-9),
+            samples_per_second=num_samples / max(seconds, 1e-9),
+            tokens_per_second=total.all_tokens / max(seconds, 1e-9),
         )

@@ -5,8 +5,9 @@ from typing import Any
 
 from workloads.errors import require
 from workloads.evaluation.scorers import boxes, captions, choice, documents, mif, vqa
-from workloads.evaluation.scorers.base import TOP, OfItem, Scale, Scored, Scorer, best
+from workloads.evaluation.scorers.base import OfItem, Scored, Scorer, best, standard_error
 from workloads.evaluation.scorers.text import exact, majority, normalise
+from workloads.record import TOP, Scale
 
 __all__ = [
     "DEFAULT",
@@ -22,6 +23,7 @@ __all__ = [
     "majority",
     "normalise",
     "score_rows",
+    "standard_error",
 ]
 
 # The scorer of runs whose data name none.
@@ -103,6 +105,7 @@ SCORERS: Mapping[str, Scorer] = {
         scale="percent",
         source="Papineni et al. 2002, by sacrebleu, 13a tokens",
         corpus=captions.bleu,
+        parts=captions.bleu_parts,
     ),
     "rouge_l": Scorer(version="rouge_l-1", source="Lin 2004, by rouge-score", corpus=captions.rouge_l),
     "cider_d": Scorer(
@@ -133,8 +136,15 @@ def score_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Scored:
     raws = [row["raw"] for row in rows]
     answers = [[row["answer"]] if isinstance(row["answer"], str) else row["answer"] for row in rows]
     if scorer.corpus is not None:
-        scores, total = scorer.corpus(raws, answers)
-        return Scored(rows=None if scores is None else tuple(scores), total=total, scale=scorer.scale)
-    assert scorer.item is not None
-    scores = [scorer.item(raw, of_row) for raw, of_row in zip(raws, answers, strict=True)]
-    return Scored(rows=tuple(scores), total=sum(scores) / len(scores), scale=scorer.scale)
+        found, total = scorer.corpus(raws, answers)
+        if found is None:
+            assert scorer.parts is not None
+            return Scored(
+                rows=None, values=tuple(scorer.parts(raws, answers)), total=total, scale=scorer.scale
+            )
+        scores = tuple(found)
+    else:
+        assert scorer.item is not None
+        scores = tuple(scorer.item(raw, of_row) for raw, of_row in zip(raws, answers, strict=True))
+        total = sum(scores) / len(scores)
+    return Scored(rows=scores, values=scores, total=total, scale=scorer.scale)

@@ -2,7 +2,7 @@
 
 Source:  BLEU: Papineni et al. 2002, by sacrebleu (13a tokens, one corpus score). ROUGE-L: Lin 2004, by
          rouge-score (words of a-z and 0-9, no stemming, F of the best reference). CIDEr-D: Vedantam, Zitnick,
-         Parikh 2015, arXiv:1411.5726, equations 2 to 5.
+         Parikh 2015, arXiv:1411.5726, equations 2 to 5. The jackknife of BLEU's parts: Tukey 1958.
 Differs: CIDEr-D weighs counts of n-grams, as the authors' released code and so all published numbers do, where
          the paper's formula divides them by the sentence's length; the length in its penalty is in words (the
          code's is in pairs of words, the same but for sentences of no word). Words are not stemmed. They are
@@ -36,6 +36,31 @@ def bleu(raws: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[None, f
         for k in range(num_references)
     ]
     return None, float(BLEU(force=True).corpus_score(list(raws), streams).score)
+
+
+def bleu_parts(raws: Sequence[str], answers: Sequence[Sequence[str]]) -> list[float]:
+    """A value for each caption: the corpus BLEU, and what it gains by the caption, as the jackknife counts it.
+
+    The mean is the corpus BLEU, the standard error of the mean its jackknife error; in a difference of two models
+    on the same images the values are paired as item scores are.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    metric = BLEU(force=True)
+    alone = [
+        metric.corpus_score([raw], [[reference] for reference in of_row])
+        for raw, of_row in zip(raws, answers, strict=True)
+    ]
+    counts = [[*s.counts, *s.totals, s.sys_len, s.ref_len] for s in alone]
+    sums = [sum(column) for column in zip(*counts, strict=True)]
+
+    def score(of: Sequence[int]) -> float:
+        correct, total = list(of[:_MAX_N]), list(of[_MAX_N : 2 * _MAX_N])
+        return float(BLEU.compute_bleu(correct, total, of[-2], of[-1], smooth_method="exp").score)
+
+    without = [score([whole - part for whole, part in zip(sums, own, strict=True)]) for own in counts]
+    mean = math.fsum(without) / len(without)
+    return [score(sums) + (len(without) - 1) * (mean - each) for each in without]
 
 
 def rouge_l(raws: Sequence[str], answers: Sequence[Sequence[str]]) -> tuple[list[float], float]:
