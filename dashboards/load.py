@@ -23,9 +23,8 @@ from dashboards.results import (
     seeds_of,
 )
 from dashboards.runs import Questions, Run, read_run
-from dashboards.units import SCALE_TAG
 from workloads.errors import UserError, nearest, require
-from workloads.record import TOP, Scale, is_finished
+from workloads.record import SCALE_OF, TOP, Scale, is_finished
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -180,9 +179,9 @@ def _scales(tags: Mapping[str, str]) -> dict[str, Scale]:
     known: dict[str, Scale] = {scale: scale for scale in TOP}
     found: dict[str, Scale] = {}
     for key, value in tags.items():
-        if key.startswith(SCALE_TAG):
+        if key.startswith(SCALE_OF):
             require(value in known, f"MLflow tag {key}", value, f"scales: {', '.join(known)}", known)
-            found[key.removeprefix(SCALE_TAG)] = known[value]
+            found[key.removeprefix(SCALE_OF)] = known[value]
     return found
 
 

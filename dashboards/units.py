@@ -10,8 +10,6 @@ from workloads.record import Scale, no_mean
 if TYPE_CHECKING:
     from workloads.evaluation.statistics import Interval
 
-# What the tags of an MLflow run start with that name the scale of a domain, where it is no fraction.
-SCALE_TAG = "scale/"
 # Stands where a mean would.
 NO_MEAN = "scales differ"
 

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dashboards.methods import COLUMNS, words
-from dashboards.units import SCALE_TAG
 from orchestrator.store import STUDY, Store
 from orchestrator.trials import flat_params
 from workloads.errors import UserError
-from workloads.record import ADAPTER, PREDICTIONS, RECORD, no_mean, read_events, write_json
+from workloads.record import ADAPTER, NO_MEAN, PREDICTIONS, RECORD, SCALE_OF, read_events, write_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -146,7 +145,7 @@ class Tracker:
             self._save()
         self._log_metrics(client, state, events)
         if row["status"] == "finished":
-            _log_tags(client, state["run"], folder)
+            _log_methods(client, state["run"], folder)
             _log_artifacts(client, state["run"], folder)
         if row["status"] != "running":
             end = row["ended"] or (events[-1]["time"] if events else 0)
@@ -192,10 +191,13 @@ class Tracker:
     def _log_metrics(
         self, client: "MlflowClient", state: dict[str, Any], events: list[dict[str, Any]]
     ) -> None:
-        """Send the events past the last step sent; a resumed run repeats steps, which are left out."""
-        from mlflow.entities import Metric
+        """Send the events past the last step sent; a resumed run repeats steps, which are left out.
 
-        last, metrics, steps = 0, [], dict(state["steps"])
+        What an event says in words of its scores goes first, as tags that `compare` reads.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        last, metrics, tags, steps = 0, [], [], dict(state["steps"])
         for event in events:
             kind, step = str(event.get("event", "")), int(event.get("step", last))
             last = max(last, step)
@@ -204,6 +206,10 @@ class Tracker:
             steps[kind] = step
             stamp = int(event["time"] * 1000)
             metrics += [Metric(name, value, stamp, step) for name, value in numbers(event)]
+            told = [name for name in event if name == NO_MEAN or name.startswith(SCALE_OF)]
+            tags += [RunTag(name, event[name]) for name in told]
+        if tags:
+            client.log_batch(state["run"], tags=tags)
         for start in range(0, len(metrics), _MAX_METRICS):
             client.log_batch(state["run"], metrics=metrics[start : start + _MAX_METRICS])
         state["steps"] = steps
@@ -235,17 +241,12 @@ def _log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> 
         client.log_batch(run, params=rows[start : start + _MAX_PARAMS])
 
 
-def _log_tags(client: "MlflowClient", run: str, folder: Path) -> None:
-    """What the run's method needs and can do, and scales but fractions, as tags that `compare` reads."""
+def _log_methods(client: "MlflowClient", run: str, folder: Path) -> None:
+    """What the run's method needs and can do, as tags that `compare` reads."""
     from mlflow.entities import RunTag
 
-    tree = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    tags = dict(zip(COLUMNS, words(tree["capabilities"]), strict=True))
-    scales = {domain: score.get("scale", "fraction") for domain, score in tree.get("scores", {}).items()}
-    tags |= {f"{SCALE_TAG}{domain}": scale for domain, scale in scales.items() if scale != "fraction"}
-    if len(set(scales.values())) > 1:
-        tags["no mean"] = no_mean(scales)
-    client.log_batch(run, tags=[RunTag(name, value) for name, value in tags.items()])
+    cells = words(json.loads((folder / RECORD).read_text(encoding="utf-8"))["capabilities"])
+    client.log_batch(run, tags=[RunTag(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)])
 
 
 def _log_artifacts(client: "MlflowClient", run: str, folder: Path) -> None:

@@ -23,6 +23,10 @@ REJECTED = "rejected.jsonl"
 ADAPTER = "adapter"
 CHECKPOINT = "checkpoint"
 RECORD_VERSION = 1
+# In an event with scores: start of the keys that name a domain's scale where it is no fraction, and key of the words
+# that stand in place of a mean over domains.
+SCALE_OF = "scale/"
+NO_MEAN = "no_mean"
 Scale = Literal["fraction", "percent", "cider"]
 # Scale -> the best score on it; 0 is the worst on each.
 TOP: Mapping[Scale, float] = {"fraction": 1.0, "percent": 100.0, "cider": 10.0}

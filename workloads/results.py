@@ -58,11 +58,13 @@ def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, floa
     metrics: dict[str, float | int | str] = {"event": "eval", "step": step}
     mean = record.mean_score(scores)
     if mean is None:
-        metrics["no_mean"] = record.no_mean({domain: score.scale for domain, score in scores.items()})
+        metrics[record.NO_MEAN] = record.no_mean({domain: score.scale for domain, score in scores.items()})
     else:
         metrics["score"] = mean
     for domain, score in scores.items():
         metrics[f"score/{domain}"] = score.score
+        if score.scale != "fraction":
+            metrics[f"{record.SCALE_OF}{domain}"] = score.scale
         metrics[f"eval_loss/{domain}"] = score.loss
         metrics |= {f"score/{domain}/{kind}": value for kind, (value, _) in score.by_type.items()}
     return {**metrics, "peak_bytes": environment.peak_bytes()}

@@ -113,4 +113,4 @@ def test_a_domain_without_a_training_split_is_only_scored(tmp_path):
     config["data"]["domains"]["unseen"] = {**domain, "train": ""}
     result = run(from_tree(config), lambda metrics, folder: None, tmp_path / "run")
     assert set(result.scores) == {"d", "unseen"}
-    assert result.scores["unseen"].majority == 0.0
+    assert result.scores["unseen"].majority is None

@@ -158,6 +158,8 @@ def test_a_mean_is_told_only_where_all_domains_share_a_scale(done):
         assert "score" not in event
         assert event["no_mean"].startswith("no mean over domains, since their scales differ: ")
         assert "flickr 0 to 100 (percent)" in event["no_mean"]
+    for name, score in result.scores.items():
+        assert event.get(f"scale/{name}", "fraction") == score.scale
 
 
 # One edit of five letters leaves 0.8, one of four is 4 / 5; three of ten people make 0.9 by leaving one out.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dashboards.load import compare
 from orchestrator.store import Store
 from orchestrator.tracking import SYNC, Tracker, make_client, numbers, probe, tracking_uri
 from orchestrator.uploader import Uploader
@@ -94,6 +95,25 @@ def _everything_once(uri: str, keys: tuple[str, ...]) -> None:
         assert (score.step, score.value, score.timestamp) == (STEPS, 0.5, 2_000_000)
         files = {item.path for item in client.list_artifacts(run.info.run_id)}
         assert files == {"record.json", "predictions.jsonl", "adapter"}
+
+
+def test_scales_and_words_in_place_of_a_mean_are_tags_that_compare_reads(tmp_path):
+    study = Study(tmp_path, ("aaaa", "bbbb"))
+    for key in ("aaaa", "bbbb"):
+        study.train(key, 1, STEPS)
+    told = {"score/flickr": 1.25, "score/general": 0.5, "scale/flickr": "cider", "no_mean": "no mean, since"}
+    append_event(study.store.run_folder("aaaa"), {"event": "eval", "time": 1999.0, "step": STEPS, **told})
+    tracker = Tracker(study.store, "tiny", tracking_uri(study.folder))
+    tracker.push()
+    study.finish("bbbb")
+    tracker.push(final=True)
+    rows = {row.fingerprint: row for row in compare(["tiny"], study.store.root)}
+    assert rows["aaaa"].scales == {"flickr": "cider"}
+    assert rows["bbbb"].scales == {}
+    assert rows["aaaa"].metrics["score/flickr"] == 1.25
+    assert "score" not in rows["aaaa"].metrics
+    (run,) = tracker.client.search_runs([tracker.mine["experiment"]], "tags.fingerprint = 'aaaa'")
+    assert run.data.tags["no_mean"] == "no mean, since"
 
 
 def test_pushing_again_and_again_adds_nothing(tmp_path):
