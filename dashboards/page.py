@@ -93,7 +93,7 @@ def _context(results: StudyResults) -> dict[str, Any]:
         "bar_panels": views.bar_panels(summary),
         "baselines": views.baseline_scores(results),
         "heat_rows": views.heat_rows(summary),
-        "heat_limits": views.limit_words(views.heat_limits(summary)),
+        "heat_limits": units.limit_words(views.heat_limits(summary)),
         "units": units.UNITS,
         "unit_words": views.unit_words(results),
         "no_mean": units.told(results.scales),

@@ -67,7 +67,9 @@ class StudyResults:
     @property
     def scales(self) -> dict[str, Scale]:
         """Scale of every scored domain, the same for all runs."""
-        found = {d: score.scale for run in self.records.values() for d, score in run.scores.items()}
+        found: dict[str, Scale] = {
+            domain: score.scale for run in self.records.values() for domain, score in run.scores.items()
+        }
         return {domain: found[domain] for domain in self.domains}
 
     @property

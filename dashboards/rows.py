@@ -205,9 +205,12 @@ def _type_rows(
     names = sorted(asked, key=lambda name: (-len(asked[name]), name))
     rows = []
     for name in names:
-        scales = {domain: results.scales[domain] for domain in asked[name]}
+        scales: dict[str, Scale] = {domain: results.scales[domain] for domain in asked[name]}
         shared = common(scales)
-        places = [*scales.items(), *([(MEAN, shared)] if shared and len(scales) > 1 else [])]
+        places: list[tuple[str, Scale]] = [
+            *scales.items(),
+            *([(MEAN, shared)] if shared and len(scales) > 1 else []),
+        ]
         rows += [_type_row(name, domain, scale, scores, found) for domain, scale in places]
     return tuple(rows)
 

@@ -54,7 +54,9 @@ def comparison(rows: Sequence[CompareRow]) -> RenderableType:
         scored = [row for row in mine if any(f"score/{domain}" in row.metrics for domain in domains)]
         words = next((row.words for row in mine if row.words), ("–",) * len(COLUMNS))
         cells = [_over_seeds(mine, f"score/{domain}", _scale(mine, domain)) for domain in domains]
-        own = {d: _scale(mine, d) for d in domains if any(f"score/{d}" in row.metrics for row in mine)}
+        own: dict[str, Scale] = {
+            d: _scale(mine, d) for d in domains if any(f"score/{d}" in row.metrics for row in mine)
+        }
         mean = (
             NO_MEAN if len(set(own.values())) > 1 else _over_seeds(mine, "score", common(own) or "fraction")
         )
@@ -65,13 +67,14 @@ def comparison(rows: Sequence[CompareRow]) -> RenderableType:
 
 def _title(rows: Sequence[CompareRow]) -> str:
     """What the scores of some runs are in."""
-    scales = {domain: scale for row in rows for domain, scale in row.scales.items()}
+    scales: dict[str, Scale] = {domain: scale for row in rows for domain, scale in row.scales.items()}
     others = ", ".join(heading(domain, scale) for domain, scale in scales.items())
     return f"Scores in points, but for {others}" if others else "Scores in points"
 
 
 def _scale(rows: Sequence[CompareRow], domain: str) -> Scale:
-    return next((row.scales[domain] for row in rows if domain in row.scales), "fraction")
+    named: list[Scale] = [row.scales[domain] for row in rows if domain in row.scales]
+    return named[0] if named else "fraction"
 
 
 def _over_seeds(rows: Sequence[CompareRow], metric: str, scale: Scale) -> str:
@@ -183,8 +186,10 @@ def _headings(rows: Summary) -> list[str]:
 
 def _score_cells(rows: Summary, scores: Breakdown) -> list[str]:
     """Every domain's score, then the mean."""
-    cells = [(scores.by_domain.get(domain), scale) for domain, scale in rows.results.scales.items()]
-    shown = [with_spread(cell, scale) if cell else "–" for cell, scale in cells]
+    shown = [
+        with_spread(scores.by_domain[domain], scale) if domain in scores.by_domain else "–"
+        for domain, scale in rows.results.scales.items()
+    ]
     return [*shown, with_spread(scores.mean, scores.scale) if scores.mean and scores.scale else NO_MEAN]
 
 

@@ -71,10 +71,16 @@ def heading(domain: str, scale: Scale) -> str:
 
 def common(scales: Mapping[str, Scale]) -> Scale | None:
     """The scale that all domains share, if there is one."""
-    found = set(scales.values())
+    found: set[Scale] = set(scales.values())
     return found.pop() if len(found) == 1 else None
 
 
 def told(scales: Mapping[str, Scale]) -> str:
     """Why there is no mean over domains; empty when there is one."""
     return "" if common(scales) or not scales else no_mean(scales)
+
+
+def limit_words(limits: Mapping[Scale, float]) -> str:
+    """The ends of axes, each in its unit: `5 points`."""
+    units = [(UNITS[scale], limit) for scale, limit in limits.items()]
+    return ", ".join(f"{round(limit * unit.factor, 6):g} {unit.name}" for unit, limit in units)

@@ -166,13 +166,13 @@ def heat_rows(summary: Summary) -> list[HeatRow]:
     rows = []
     for contrast in sorted(gaps, key=lambda contrast: order[contrast.arm]):
         found = contrast.difference
-        parts = [(scale, found.by_domain.get(domain)) for domain, scale in summary.results.scales.items()]
-        cells = tuple(
-            _heat_cell(interval, scale, limits[scale]) if scale and interval else None
-            for scale, interval in (*parts, (found.scale, found.mean))
-        )
+        cells = [
+            _heat_cell(found.by_domain.get(domain), scale, limits)
+            for domain, scale in summary.results.scales.items()
+        ]
+        cells.append(_heat_cell(found.mean, found.scale, limits))
         mixture = mixture_text(summary.results, contrast.arm)
-        rows.append(HeatRow(arm=contrast.arm, mixture=mixture, cells=cells))
+        rows.append(HeatRow(arm=contrast.arm, mixture=mixture, cells=tuple(cells)))
     return rows
 
 
@@ -186,12 +186,6 @@ def heat_limits(summary: Summary) -> dict[Scale, float]:
         if gap.scale and gap.mean:
             means[gap.scale].append(gap.mean.mean)
     return {scale: nice_limit(values, 2.5 * UNITS[scale].least) for scale, values in means.items()}
-
-
-def limit_words(limits: Mapping[Scale, float]) -> str:
-    """The ends of axes, each in its unit: `5 points`."""
-    units = [(UNITS[scale], limit) for scale, limit in limits.items()]
-    return ", ".join(f"{round(limit * unit.factor, 6):g} {unit.name}" for unit, limit in units)
 
 
 def unit_words(results: StudyResults) -> str:
@@ -289,7 +283,11 @@ def _score(part: Breakdown, domain: str) -> Interval | None:
     return part.mean if domain == MEAN else part.by_domain.get(domain)
 
 
-def _heat_cell(interval: Interval, scale: Scale, limit: float) -> HeatCell:
-    strength = round(70 * min(abs(interval.mean) / limit, 1.0))
+def _heat_cell(
+    interval: Interval | None, scale: Scale | None, limits: Mapping[Scale, float]
+) -> HeatCell | None:
+    if interval is None or scale is None:
+        return None
+    strength = round(70 * min(abs(interval.mean) / limits[scale], 1.0))
     colour = "loss" if interval.mean < 0 else "gain"
     return HeatCell(interval=interval, scale=scale, strength=strength, colour=colour)

@@ -17,7 +17,7 @@ from search_spaces.mixtures import MIXTURES
 from workloads.config import RunConfig, apply_overrides, from_tree, read_yaml
 from workloads.errors import require
 from workloads.identity import fingerprint
-from workloads.record import RunRecord, load, mean_score, no_mean
+from workloads.record import RunRecord, Scale, load, mean_score, no_mean
 
 
 def recipe_config(recipe: str, overrides: Iterable[str]) -> RunConfig:
@@ -79,7 +79,8 @@ def show(record: RunRecord, folder: Path, console: Console, seconds: float | Non
         numbers = (*shown[:2], str(score.num_items), f"{score.loss:.3f}", shown[2])
         table.add_row(*map(escape, (heading(domain, score.scale), score.scorer_version, *numbers)))
     console.print(table)
-    mean, scales = mean_score(record.scores), {d: score.scale for d, score in record.scores.items()}
+    mean = mean_score(record.scores)
+    scales: dict[str, Scale] = {domain: score.scale for domain, score in record.scores.items()}
     if mean is None:
         console.print(no_mean(scales), markup=False, highlight=False, soft_wrap=True)
     else:

@@ -235,7 +235,7 @@ def _of_type(scores: ArmScores, question_type: str) -> dict[str, FloatArray]:
 
 def _shared(scores: ArmScores, domains: Iterable[str]) -> Scale | None:
     """The one scale of `domains`, if they have one."""
-    scales = {scores[domain].scale for domain in domains}
+    scales: set[Scale] = {scores[domain].scale for domain in domains}
     return scales.pop() if len(scales) == 1 else None
 
 
