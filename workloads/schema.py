@@ -130,7 +130,8 @@ class ExecutionConfig:
     micro_batch: int = 16
     zero_stage: int = 0
     gradient_checkpointing: bool = False
-    # Optimizer steps between two resumable checkpoints; 0 writes none.
+    # Optimizer steps between two resumable checkpoints, the last of which stands at the end of training and keeps what
+    # is answered; 0 writes none.
     checkpoint_every: int = 0
     # Optimizer steps between two reports.
     report_every: int = 25

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 
 import pytest
 from rich.console import Console
@@ -13,6 +12,7 @@ from dashboards.rows import summarise
 from dashboards.tables import comparison, summary
 from dashboards.units import bracket, common, points, signed, told, with_spread
 from dashboards.views import baseline_scores, heat_limits, panel_limits, panel_rows
+from tests.dashboards.test_page import Page
 from workloads.errors import UserError
 from workloads.evaluation.statistics import Interval
 
@@ -114,8 +114,7 @@ def test_the_tables_show_units_and_words_in_place_of_the_mean(mixed):
 
 
 def test_the_page_shows_units_and_words_in_place_of_the_mean(mixed):
-    html = render(mixed)
-    text = " ".join(re.sub("<[^>]*>", " ", html).split())
+    text = Page(render(mixed)).text
     assert "No verdict" in text
     assert "No mean over domains, since their scales differ" in text
     assert "general by exact-1 in points, document by cider_d-1 in CIDEr, 0 to 10" in text
