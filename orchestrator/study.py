@@ -83,6 +83,8 @@ _KEYS = (
     "profiles", "resources", "comparison",
 )  # fmt: skip
 _PROFILE_KEYS = ("set", "seeds", "grid", "resources", "search")
+# Metrics that a run reports once, after its training.
+_AT_THE_END = ("score", "eval_loss", "scale")
 _ROLES = ("solo", "mix", "double", "iso", "mole", "headline")
 
 
@@ -212,6 +214,9 @@ def _search(tree: Any) -> Search:
     for key, choices in (("scheduler", ("none", "asha")), ("mode", ("min", "max"))):
         value = getattr(search, key)
         require(value in choices, f"search.{key}", value, f"one of {', '.join(choices)}", choices)
+    watched = search.scheduler == "none" or not search.metric.startswith(_AT_THE_END)
+    allowed = "asha watches what training reports, such as loss with mode: min; scores come at the end"
+    require(watched, "search.metric", search.metric, allowed)
     return search
 
 

@@ -42,6 +42,7 @@ def read(tmp_path):
         ({"resources": {"slots": -1}}, ("resources.slots", "-1")),
         ({"search": {"space": "learning_rat"}}, ("search.space", "did you mean 'learning_rate'")),
         ({"search": {"scheduler": "asho"}}, ("search.scheduler", "did you mean 'asha'")),
+        ({"search": {"scheduler": "asha"}}, ("search.metric", "'score'", "loss")),
         ({"search": {"space": {"optim.lr": {"logunifrom": [1, 2]}}}}, ("logunifrom", "did you mean 'loguniform'")),
         ({"search": {"space": {"optim.lr": {"loguniform": [0, 1]}}}}, ("optim.lr.loguniform", "low > 0")),
         ({"search": {"space": {"optim.lr": {"uniform": [1]}}}}, ("optim.lr.uniform", "2 numbers")),
