@@ -102,4 +102,5 @@ def test_an_arm_of_the_study_takes_a_step_on_tiny_files(arm, base, tmp_path):
     config = next(trial.config for trial in fixed(study) if trial.arm == arm)
     alone = dataclasses.replace(config.execution, workers=1, gpus_per_worker=0.0)
     result, _ = do(dataclasses.replace(config, execution=alone), tmp_path / "run")
-    assert result.num_steps == 1
+    weights = sum(config.data.mixture.values())
+    assert (result.num_samples, result.num_steps) == (2 * weights, -(-2 * weights // 8))

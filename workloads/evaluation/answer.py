@@ -14,7 +14,7 @@ from workloads import routing
 from workloads.adapters.base import Trace
 from workloads.config import RunConfig
 from workloads.data import sources
-from workloads.data.collate import prompt_batch, train_batch
+from workloads.data.collate import Batch, prompt_batch, train_batch
 from workloads.data.pool import Pool, Sample
 from workloads.evaluation import predictions
 from workloads.evaluation.predictions import Group
@@ -77,7 +77,7 @@ def _generate(
     tokenizer = llava.prompter.tokenizer
     model: Any = llava.model
     ids_BT = model.generate(
-        **batch.inputs(),
+        **_seen(llava, batch),
         do_sample=False,
         max_new_tokens=config.eval.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
@@ -86,6 +86,22 @@ def _generate(
     )
     answers = ids_BT[:, batch.ids_BT.shape[1] :].tolist()
     return [_row(s, llava.prompter.decode(ids)) for s, ids in zip(samples, answers, strict=True)]
+
+
+def _seen(llava: Llava, batch: Batch) -> dict[str, Any]:
+    """The batch's inputs for `generate`; where images are cut into tiles, their tokens in the place of pixels.
+
+    `generate` itself would make those outside of the model's forward, where ZeRO-3 has not put its newline together.
+    """
+    inputs: dict[str, Any] = dict(batch.inputs())
+    if batch.sizes_N2 is None:
+        return inputs
+    model: Any = llava.model.model
+    with engine.gathered([model.image_newline]):
+        found = model.get_image_features(
+            inputs.pop("pixel_values"), inputs.pop("image_sizes"), return_dict=True
+        )
+    return {**inputs, "mm_encoder_outputs": {"image": found}}
 
 
 def _row(sample: Sample, raw: str) -> dict[str, Any]:

@@ -125,9 +125,8 @@ def _prompter(folder: Path, config: ModelConfig, model: Model, ends: list[int]) 
     processor = _processor(folder, config, model.config)
     _check_tokens(folder, model, processor)
     image_tokens = _image_tokens(folder, model, processor)
-    tiles = None
-    if kinds.is_tiled(model.config):
-        tiles = Tiles(processor, model.config.vision_config.image_size)
+    shape: Any = model.config
+    tiles = Tiles(processor, shape.vision_config.image_size) if kinds.is_tiled(shape) else None
     return Prompter(processor, image_tokens, ends, tiles)
 
 

@@ -22,7 +22,8 @@ from workloads.llava.kinds import Model, Shape, empty
 
 def shape_of(name_or_path: str) -> Shape:
     """The sizes of a base model: `pocket` or a model folder."""
-    return AutoConfig.from_pretrained(resolve(name_or_path), local_files_only=True)
+    shape: Any = AutoConfig.from_pretrained(resolve(name_or_path), local_files_only=True)
+    return shape
 
 
 def measured(shape: Shape, config: AdapterConfig) -> Attached:
