@@ -162,3 +162,47 @@ def test_what_a_model_can_be_told_adds_nothing_to_its_identity_until_it_is_told(
     tree = _reduced(from_tree(GOOD))["model"]
     assert tree == {"name_or_path": "pocket", "train_projector": True}
     assert identity(from_tree(GOOD))["image_processor"] == "CLIPImageProcessorPil"
+
+
+def continual(init_from="a" * 16, **fields):
+    return fingerprint(from_tree({**GOOD, "init_from": init_from, "continual": fields}))
+
+
+EWC = {"regulariser": "ewc"}
+LWF = {"regulariser": "lwf"}
+REPLAY = {"replay": "reservoir", "replay_share": 0.1}
+
+
+def test_a_stream_adds_nothing_to_an_identity_until_it_is_told():
+    assert "continual" not in _reduced(from_tree(GOOD))
+    assert "continual" not in _reduced(from_tree({**GOOD, "continual": {"weight": 3.0, "temperature": 9.0}}))
+    assert _reduced(from_tree({**GOOD, "continual": {"task": "a"}}))["continual"] == {"task": "a"}
+
+
+@pytest.mark.parametrize("past", [EWC, LWF, REPLAY, {**EWC, **REPLAY}])
+def test_a_first_stage_has_no_past(past):
+    assert continual("", task="a") == continual("", task="a", **past) != continual("", task="b")
+    assert continual(task="a") != continual(task="a", **past)
+
+
+@pytest.mark.parametrize(
+    ("used", "change"),
+    [
+        (EWC, {"weight": 2.0}), (EWC, {"fisher_samples": 9}), (LWF, {"weight": 2.0}), (LWF, {"temperature": 3.0}),
+        (REPLAY, {"replay_share": 0.2}), (REPLAY, {"replay": "balanced"}), (REPLAY, EWC), (EWC, LWF),
+    ],
+)  # fmt: skip
+def test_what_the_past_is_made_with_is_in_the_fingerprint(used, change):
+    assert continual(**used) != continual(**{**used, **change})
+
+
+@pytest.mark.parametrize(
+    ("used", "change"),
+    [
+        ({}, {"weight": 2.0, "fisher_samples": 9, "temperature": 3.0, "replay_share": 0.2}),
+        (EWC, {"temperature": 3.0, "replay_share": 0.2}), (LWF, {"fisher_samples": 9, "replay_share": 0.2}),
+        (REPLAY, {"weight": 2.0, "fisher_samples": 9, "temperature": 3.0}),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_of_a_stream_leaves_the_fingerprint(used, change):
+    assert continual(**used) == continual(**{**used, **change})

@@ -16,6 +16,7 @@ from workloads.errors import UserError, require, require_known
 from workloads.schema import (
     SCHEMA_VERSION,
     AdapterConfig,
+    ContinualConfig,
     DataConfig,
     DomainConfig,
     EvalConfig,
@@ -28,6 +29,7 @@ from workloads.schema import (
 __all__ = [
     "SCHEMA_VERSION",
     "AdapterConfig",
+    "ContinualConfig",
     "DataConfig",
     "DomainConfig",
     "EvalConfig",
@@ -75,6 +77,7 @@ _SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "optim": OptimConfig,
+    "continual": ContinualConfig,
     "eval": EvalConfig,
     "execution": ExecutionConfig,
 }
@@ -214,7 +217,23 @@ def check(config: RunConfig) -> None:
     require(ex.checkpoint_every >= 0, "execution.checkpoint_every", ex.checkpoint_every, "0 or more")
     allowed = f"a multiple of execution.workers ({ex.workers})"
     require(optim.global_batch % ex.workers == 0, "optim.global_batch", optim.global_batch, allowed)
+    _check_continual(config.continual, ex.zero_stage)
     config.adapter.check()
+
+
+def _check_continual(own: ContinualConfig, zero_stage: int) -> None:
+    """What the past is made with; under ZeRO-3 no worker holds the weights that EWC and LwF look back with."""
+    require(own.weight >= 0, "continual.weight", own.weight, "0 or more")
+    allowed = "a whole number of 1 or more"
+    require(own.fisher_samples >= 1, "continual.fisher_samples", own.fisher_samples, allowed)
+    require(own.temperature > 0, "continual.temperature", own.temperature, "a number above 0")
+    share = own.replay_share
+    require(0 <= share <= 1, "continual.replay_share", share, "a share from 0 to 1")
+    kept = own.replay == "none" or share > 0
+    require(kept, "continual.replay_share", share, f"above 0 for continual.replay {own.replay!r}")
+    whole = own.regulariser == "none" or zero_stage < 3
+    allowed = f"0, 1 or 2 with continual.regulariser {own.regulariser!r}"
+    require(whole, "execution.zero_stage", zero_stage, allowed)
 
 
 def _check_model(model: ModelConfig) -> None:

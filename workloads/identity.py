@@ -39,7 +39,19 @@ def _reduced(config: RunConfig) -> dict[str, Any]:
     tree["adapter_files"] = _hash_adapter_files(config.adapter.files())
     tree["data"] = _data(tree["data"], config.data)
     tree["eval"]["domains"] = sources.evaluated(config)
-    return tree
+    del tree["continual"]
+    return {**tree, **({"continual": part} if (part := _continual(config)) else {})}
+
+
+def _continual(config: RunConfig) -> dict[str, Any]:
+    """What the section `continual` changes: a first stage has no past, and a past is made with its own fields alone."""
+    own = config.continual
+    used = ["task"] if own.task else []
+    if config.init_from and own.regulariser != "none":
+        used += ["regulariser", "weight", {"ewc": "fisher_samples", "lwf": "temperature"}[own.regulariser]]
+    if config.init_from and own.replay != "none":
+        used += ["replay", "replay_share"]
+    return {key: getattr(own, key) for key in used}
 
 
 def _reduced_model(model: ModelConfig, tree: dict[str, Any]) -> dict[str, Any]:

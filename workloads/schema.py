@@ -143,6 +143,24 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ContinualConfig:
+    """Where a run stands in an ordered stream of tasks, and what keeps it from forgetting."""
+
+    # Name of the stage's task; empty: the run is no stage of a stream.
+    task: str = ""
+    regulariser: Literal["none", "ewc", "lwf"] = "none"
+    # Lambda of the regulariser.
+    weight: float = 1.0
+    # EWC: samples of each earlier stage that its Fisher is estimated from.
+    fisher_samples: int = 200
+    # LwF: temperature of both distributions.
+    temperature: float = 2.0
+    replay: Literal["none", "reservoir", "balanced"] = "none"
+    # Samples kept, as a share of all samples of the earlier stages.
+    replay_share: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """What every method's `Config` has; the methods' own fields are in workloads/adapters/NAME.py."""
 
@@ -186,5 +204,6 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     adapter: AdapterConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
+    continual: ContinualConfig = field(default_factory=ContinualConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
