@@ -20,6 +20,7 @@ class Item:
     turns: tuple["Said", ...]
     system: str = ""
     question_type: str = "name"
+    task: str = ""
     features_LPD: torch.Tensor | None = None
 
     @property

@@ -60,7 +60,7 @@ class Batch:
 
     def begin(self, trace: Trace) -> None:
         """Tell the method of this batch; comes before its forward pass."""
-        questions, tasks = [s.question for s in self.rows], [s.domain for s in self.rows]
+        questions, tasks = [s.question for s in self.rows], [s.task or s.domain for s in self.rows]
         trace.begin(questions, tasks, self.prompt_lengths, counted=bool(self.samples))
 
     def silent(self) -> "Batch":

@@ -25,6 +25,8 @@ class Slot:
 
     domain: str
     index: int
+    # The task that the sample is learned for; empty: its domain.
+    task: str = ""
 
 
 def domains(config: DataConfig) -> list[str]:

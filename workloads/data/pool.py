@@ -44,6 +44,8 @@ class Sample:
     question_type: str
     # What the vision tower says of the one image, where that is cached.
     features_LPD: Tensor | None = None
+    # The task that the sample belongs to; empty: its domain.
+    task: str = ""
 
     @property
     def question(self) -> str:
@@ -74,6 +76,8 @@ class Pool:
     blind: bool = False
     # What the vision tower says of the images, where that is cached; the images are not decoded then.
     features: Features | None = None
+    # The task that its samples belong to; empty: the domain.
+    task: str = ""
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, decoded."""
@@ -89,6 +93,7 @@ class Pool:
             answers=tuple(row.get("answers") or [turns[-1].answer]),
             question_type=row["question_type"],
             features_LPD=self.features.read(index) if self.features else None,
+            task=self.task,
         )
 
     def _image(self, image: Mapping[str, Any]) -> np.ndarray:
