@@ -118,6 +118,7 @@ CASES: tuple[Case, ...] = (
     _step({"name": "mole", "num_experts": 3, "rank_per_expert": 1}, limit=1.25),
     _step({"name": "moe_lora", "num_experts": 3, "rank_total": 3}),
     _step({"name": "branch_lora", "num_branches": 3, "rank_total": 3, "top_k": 1}),
+    _step({"name": "hydra_lora", "num_experts": 3, "rank_per_expert": 1}),
     _step({"name": "smolora", "num_visual": 2, "num_instruction": 2, "rank_total": 4}),
     _step({"name": "dual_lora", "rank": 4}),
     _step({"name": "more", "rank_total": 2, "tasks": _TASKS}),
