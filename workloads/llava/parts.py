@@ -149,7 +149,7 @@ def _weights(config: ModelConfig, shape: LlavaConfig, num_tokens: int) -> Iterat
     """All weights one by one, under their names in the checkpoint."""
     for name, weight in _read(Path(config.language_model), "model.language_model"):
         if name.endswith("embed_tokens.weight") or name == "lm_head.weight":
-            weight = _with_rows(weight, num_tokens)
+            weight = with_rows(weight, num_tokens)
         yield f"language_model.{name}", weight
     for name, weight in _read(Path(config.vision_tower), "model.vision_tower"):
         # A whole CLIP has a text tower too.
@@ -197,7 +197,7 @@ def _read(place: Path, key: str) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def _with_rows(weight_VD: Tensor, num_rows: int) -> Tensor:
+def with_rows(weight_VD: Tensor, num_rows: int) -> Tensor:
     """New rows are the mean of the old ones: a token that is never said is no likelier than any other."""
     missing = num_rows - len(weight_VD)
     if missing <= 0:

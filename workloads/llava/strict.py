@@ -6,6 +6,7 @@ tells only the first worker of wrong shapes.
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -51,14 +52,11 @@ def check(folder: Path, model: PreTrainedModel) -> None:
     """Raise `UserError` unless `folder` holds exactly the weights of `model`, which may be on the meta device."""
     key = "model.name_or_path"
     wanted = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found = shapes(weight_files(folder, key), key)
     given: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes(weight_files(folder, key), key).items():
-        own, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+    for name, (own, converted) in own_names(found, model).items():
         # What several weights are fused into has another shape than each.
-        given[own] = wanted.get(own, shape) if converted else shape
+        given[own] = wanted.get(own, found[name]) if converted else found[name]
     ignored = re.compile("|".join([*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]))
     tied = set(getattr(model, "all_tied_weights_keys", {}))
     told(folder, "missing keys", wanted.keys() - given.keys() - tied)
@@ -68,6 +66,19 @@ def check(folder: Path, model: PreTrainedModel) -> None:
     told(
         folder, "mismatched keys", {name for name in given if name in wanted and given[name] != wanted[name]}
     )
+
+
+def own_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[str, bool]]:
+    """Name in a checkpoint -> the name of the model's own weight, and whether several weights are fused into that."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    wanted, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, tuple[str, bool]] = {}
+    for name in names:
+        own, fused = rename_source_key(name, renamings, converters, prefix, wanted)
+        found[name] = own, bool(fused)
+    return found
 
 
 def told(folder: Path, kind: str, names: set[str]) -> None:

@@ -12,9 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,23 +22,20 @@ from torch import nn
 from workloads import environment
 from workloads.config import DataConfig
 from workloads.data import sources
-from workloads.data.collate import prompt_batch, train_batch
 from workloads.data.pocket import DOMAINS, compose, neutral_qa, questions
 from workloads.data.pool import Sample
-from workloads.evaluation.scorers import exact
 from workloads.llava.build import Llava
 from workloads.llava.pocket import IMAGE_SIZE, PATCH_SIZE, new_model, new_processor
 from workloads.llava.prompt import IMAGE, Prompter, Turn
-from workloads.training import loss
-from workloads.training.optim import cosine_with_warmup
-from workloads.training.tally import Tally
+from workloads.training import probing
+from workloads.training.fitting import Fit, fit, rounded
 
 # Domains take turns in this order; reading is learned last and has few letters a page, so it has more turns.
 TURNS = ("document", "general", "document", "general", "biomedical")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Fit):
     """Settings of the base's training."""
 
     seed: int = 0
@@ -49,8 +45,6 @@ class Recipe:
     matrix_lr: float = 2e-3
     lr: float = 1e-3
     weight_decay: float = 0.02
-    warmup_ratio: float = 0.03
-    clip: float = 1.0
     # Shares of captions and of lists of all that is shown; the rest are short questions.
     captions: float = 0.3
     details: float = 0.5
@@ -59,7 +53,6 @@ class Recipe:
     question_share: float = 0.6
     question_rate: float = 0.5
     threads: int = 2
-    report_every: int = 100
     # Steps between two looks at held-out captions.
     probe_every: int = 1000
 
@@ -130,54 +123,25 @@ def train(recipe: Recipe, llava: Llava) -> float:
 
 def train_part(recipe: Recipe, llava: Llava, asks: bool = False) -> float:
     """One part with optimizers, warm-up and decay of its own; returns the mean loss of the last report."""
-    muon, adam = optimizers(recipe, llava.model)
     num_steps, rate = (recipe.question_steps, recipe.question_rate) if asks else (recipe.num_steps, 1.0)
-    window, final = Tally(domains=list(DOMAINS)), 0.0
-    for step, samples in enumerate(batches(recipe, asks), start=1):
-        llava.model.train()
-        batch = train_batch(samples, llava)
-        losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
-        losses_N.mean().backward()
-        torch.nn.utils.clip_grad_norm_(llava.model.parameters(), recipe.clip)
-        factor = rate * cosine_with_warmup(step - 1, num_steps, recipe.warmup_ratio)
-        for optimizer, peak in ((muon, recipe.matrix_lr), (adam, recipe.lr)):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * factor
-            optimizer.step()
-            optimizer.zero_grad()
-        window.add(*loss.by_domain(losses_N, rows_N, batch, window.domains), [s.domain for s in samples], 0)
-        if step % recipe.report_every == 0 or step == num_steps:
-            final = window.metrics()["loss"]
-            print(f"step {step}/{num_steps}", _rounded(window.metrics()), flush=True)
-            window.clear()
+
+    def probe(step: int) -> None:
         if step % recipe.probe_every == 0:
-            print("captions of held-out sources", _rounded(caption_scores(llava, "val", 60)), flush=True)
-    return final
+            print("captions of held-out sources", rounded(caption_scores(llava, "val", 60)), flush=True)
+
+    muon, adam = optimizers(recipe, llava.model)
+    rates = [(muon, rate * recipe.matrix_lr), (adam, rate * recipe.lr)]
+    return fit(recipe, llava, rates, batches(recipe, asks), num_steps, after_step=probe)
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 3) for key, value in values.items()}
-
-
-@torch.no_grad()
 def caption_scores(llava: Llava, split: str, num_items: int, shuffled: bool = False) -> dict[str, float]:
     """Exact match of greedy captions in each domain; `shuffled` gives every item the next item's image."""
-    llava.model.eval()
-    tokenizer: Any = llava.prompter.tokenizer
     scores: dict[str, float] = {}
     for domain in DOMAINS:
         only = Recipe(captions=1.0, details=0.0)
         samples = [sample(domain, 77, i, split, only) for i in range(num_items)]
-        images = [s.images_HWC for s in samples]
-        images = images[1:] + images[:1] if shuffled else images
-        shown = [replace(s, images_HWC=seen) for s, seen in zip(samples, images, strict=True)]
-        batch = prompt_batch(shown, llava)
-        model: Any = llava.model
-        ids_BT = model.generate(
-            **batch.inputs(), do_sample=False, max_new_tokens=24, pad_token_id=tokenizer.pad_token_id
-        )
-        texts = [llava.prompter.decode(ids) for ids in ids_BT[:, batch.ids_BT.shape[1] :].tolist()]
-        scores[domain] = sum(exact(t, s.answer) for t, s in zip(texts, shown, strict=True)) / num_items
+        shown = probing.shuffled(samples) if shuffled else samples
+        scores[domain] = probing.matched(llava, shown, max_new_tokens=24)
     return scores
 
 
