@@ -64,8 +64,9 @@ def study_results(folder: Path, root: Path) -> StudyResults:
             folder = root / "runs" / trial.fingerprint
             runs[trial.fingerprint] = read_run(folder, trial.fingerprint, questions)
     check_scorers(runs)
-    arms = dict.fromkeys(trial.arm for trial in trials if trial.status == FINISHED)
-    by_arm = {arm: seeds_of(arm, trials) for arm in arms}
+    whole = [trial for trial in trials if not trial.stage]
+    arms = dict.fromkeys(trial.arm for trial in whole if trial.status == FINISHED)
+    by_arm = {arm: seeds_of(arm, whole) for arm in arms}
     return StudyResults(
         name=str(tree["name"]),
         hypothesis=str(tree.get("hypothesis", "")),
@@ -118,6 +119,7 @@ def _trial(row: Mapping[str, Any], root: Path) -> TrialState:
         seed=int(row["seed"]),
         fingerprint=fingerprint,
         status=status,
+        stage=int(row.get("stage") or 0),
         error=str(row.get("error") or ("its run folder has no record" if status == "lost" else "")),
     )
 

@@ -31,6 +31,8 @@ class TrialState:
     # `finished` when there is a record, whatever the ledger says.
     status: str
     error: str
+    # Counted from 1; 0: no stage of a stream.
+    stage: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
