@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
+from orchestrator.stages import sharing
 from orchestrator.store import Store
 from orchestrator.terminal import say
 from orchestrator.tracking import PAGE, tracking_uri
@@ -20,6 +21,11 @@ def show(folder: Path, store: Store, out: Console, uri: str) -> None:
     if used["run_seconds"]:
         text = f"Time: {used['wall_seconds']:.0f} s with {used['slots']} trials at once"
         say(out, f"{text}; runs took {used['run_seconds']:.0f} s, overhead {used['overhead']:.2f}")
+    shared = sharing(study["trials"], store)
+    if shared.num_asked:
+        asked = f"{shared.num_asked} stages of all trials are {shared.num_run} runs"
+        saved = f"{shared.num_saved} runs, {shared.samples:,} samples and {shared.seconds:.0f} s of runs"
+        say(out, f"Sharing: {asked}; saved {saved}")
     say(out, f"MLflow: {tracking_uri(folder, uri)} (experiment {study['name']})")
     say(out, f"Page: {folder / PAGE}")
     if any(row["status"] == "failed" for row in study["trials"]):

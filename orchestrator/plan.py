@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,12 @@ from rich.table import Table
 from orchestrator.cluster import local_slots
 from orchestrator.progress import duration
 from orchestrator.store import Store
+from orchestrator.streams import expanded
 from orchestrator.study import Study
-from orchestrator.trials import Trial, distinct, fixed, search_points
+from orchestrator.trials import Trial, distinct, search_points
 from workloads.config import RunConfig
 from workloads.data import mixture, sources
+from workloads.identity import fingerprint
 from workloads.record import RunRecord, is_finished, load, write_json
 
 UNKNOWN = "not measured"
@@ -53,6 +55,16 @@ def samples(config: RunConfig) -> int:
     return sum(round(part * mixture.unit(data) / longest) for part in parts.values())
 
 
+def replayed(config: RunConfig, before: Mapping[str, RunConfig]) -> int:
+    """Samples of earlier stages that a stage sees again; `before` holds the study's runs by fingerprint."""
+    if config.continual.replay == "none":
+        return 0
+    earlier, key = 0, config.init_from
+    while key in before:
+        earlier, key = earlier + samples(before[key]), before[key].init_from
+    return round(config.continual.replay_share * earlier)
+
+
 def eval_items(config: RunConfig) -> int:
     """Items that a run answers."""
     return config.eval.samples * len(sources.evaluated(config))
@@ -76,11 +88,22 @@ def rate_of(record: RunRecord, folder: Path) -> Rate:
 
 
 def key_of(config: RunConfig) -> str:
-    """What a rate belongs to: base model with VCE or without, method with its settings, dtype."""
-    model, settings = config.model, json.dumps(dataclasses.asdict(config.adapter), sort_keys=True)
+    """What a rate belongs to: base model with VCE or without, method with its settings, dtype, look at the past."""
+    model, fields = config.model, dataclasses.asdict(config.adapter)
+    # The order of the tasks costs nothing.
+    settings = json.dumps(
+        {**fields, **{k: sorted(fields[k]) for k in ("tasks",) if k in fields}}, sort_keys=True
+    )
+    past = f" {config.continual.regulariser} {config.continual.replay}" if _looks_back(config) else ""
     vce = f" vce {model.vce_levels} {model.vce_heads} {model.vce_points}" if model.vce else ""
     base = f"{model.language_model} {model.vision_tower}" if model.language_model else model.name_or_path
-    return f"{base}{vce} {config.optim.dtype} {settings}"
+    return f"{base}{vce} {config.optim.dtype} {settings}{past}"
+
+
+def _looks_back(config: RunConfig) -> bool:
+    """Whether a stage does something with those before it."""
+    own = config.continual
+    return config.init_from != "" and (own.regulariser, own.replay) != ("none", "none")
 
 
 def rates(store: Store, trials: Iterable[Trial]) -> dict[str, Rate]:
@@ -98,7 +121,7 @@ def rates(store: Store, trials: Iterable[Trial]) -> dict[str, Rate]:
 
 def planned(study: Study) -> list[Trial]:
     """The runs to plan for; a search counts with its arms' own settings at every point."""
-    return search_points(study) if study.search else list(distinct(fixed(study)).values())
+    return search_points(study) if study.search else list(distinct(expanded(study)).values())
 
 
 def representatives(study: Study) -> list[Trial]:
@@ -114,8 +137,13 @@ def calibrate(trials: Iterable[Trial], store: Store, console: Console) -> None:
     for trial in trials:
         config = _short(trial.config)
         with tempfile.TemporaryDirectory() as folder:
-            record = run(config, lambda metrics, path: None, Path(folder) / "run")
-            measured[key_of(trial.config)] = dataclasses.asdict(rate_of(record, Path(folder)))
+            own = Path(folder) / fingerprint(config)
+            record = run(config, lambda metrics, path: None, own)
+            if _looks_back(trial.config):  # at a short first stage
+                config = dataclasses.replace(config, init_from=own.name)
+                own = Path(folder) / fingerprint(config)
+                record = run(config, lambda metrics, path: None, own)
+            measured[key_of(trial.config)] = dataclasses.asdict(rate_of(record, own))
         console.print(f"measured {trial.arm}: {record.cost.seconds:.1f} s", highlight=False, markup=False)
     old = (
         json.loads(store.calibration.read_text(encoding="utf-8"))["rates"]
@@ -141,41 +169,73 @@ def _short(config: RunConfig) -> RunConfig:
 
 
 def table(study: Study, store: Store) -> Table:
-    """The plan as a table: one line per arm, then the sums."""
-    trials = planned(study)
+    """The plan as a table: one line per arm, then the sums; what several trials share is counted once."""
+    asked = search_points(study) if study.search else expanded(study)
+    trials = asked if study.search else list(distinct(asked).values())
     known = rates(store, trials)
     slots = local_slots(study.resources, trials[0].config.execution.threads)
     done = {trial.fingerprint for trial in trials if store.finished(trial.fingerprint)}
-    out = Table(
-        "arm",
-        "runs",
-        "done",
-        "samples",
-        "tokens",
-        "weights",
-        "seconds a run",
-        title=study.name,
-        show_footer=True,
-    )
-    for arm in dict.fromkeys(trial.arm for trial in trials):
+    counts = _counts(trials)
+    out = Table("arm", "runs", "done", "samples", "tokens", "weights", "seconds a run")
+    out.title, out.show_footer = study.name, True
+    for arm in dict.fromkeys(trial.arm for trial in asked):
         mine = [trial for trial in trials if trial.arm == arm]
-        rate, count = known.get(key_of(mine[0].config)), samples(mine[0].config)
         finished = sum(trial.fingerprint in done for trial in mine)
-        cells = [escape(arm), str(len(mine)), str(finished), f"{count:,}"]
-        if rate:
-            seconds = f"{_seconds(mine[0].config, rate):.0f}"
-            cells += [f"{count * rate.tokens_per_sample:,.0f}", f"{rate.trainable:,}", seconds]
+        cells = [escape(arm), str(len(mine)), str(finished)]
+        if mine:
+            cells += _means(mine, known, counts)
         out.add_row(*cells)
-    _footer(out, trials, known, done, slots)
+    _footer(out, trials, known, done, counts, slots)
+    out.caption = f"{out.caption}{_sharing(asked, counts)}"
     return out
 
 
-def _footer(out: Table, trials: list[Trial], known: dict[str, Rate], done: set[str], slots: int) -> None:
+def _counts(trials: list[Trial]) -> dict[str, int]:
+    """Fingerprint -> samples of its run, those that are seen again included."""
+    before = {trial.fingerprint: trial.config for trial in trials}
+    return {key: samples(config) + replayed(config, before) for key, config in before.items()}
+
+
+def _means(mine: list[Trial], known: dict[str, Rate], counts: dict[str, int]) -> list[str]:
+    """Samples, tokens, weights and seconds of one of an arm's runs; stages differ, so their mean."""
+    pairs = [(trial, known.get(key_of(trial.config))) for trial in mine]
+    mean = round(sum(counts[trial.fingerprint] for trial in mine) / len(mine))
+    measured = [(trial, rate) for trial, rate in pairs if rate]
+    if len(measured) < len(pairs):
+        return [f"{mean:,}"]
+    seconds = [_seconds(trial.config, rate, counts[trial.fingerprint]) for trial, rate in measured]
+    tokens = [counts[trial.fingerprint] * rate.tokens_per_sample for trial, rate in measured]
+    weights = measured[0][1].trainable
+    return [f"{mean:,}", f"{sum(tokens) / len(mine):,.0f}", f"{weights:,}", f"{sum(seconds) / len(mine):.0f}"]
+
+
+def _sharing(asked: list[Trial], counts: dict[str, int]) -> str:
+    """What stages that several trials share save, in words; empty without stages."""
+    staged = [trial for trial in asked if trial.spot.stage]
+    if not staged:
+        return ""
+    runs = {trial.fingerprint for trial in staged}
+    everything = sum(counts[trial.fingerprint] for trial in staged)
+    saved = everything - sum(counts[key] for key in runs)
+    share = f"{100 * saved / everything:.0f} %" if everything else "0 %"
+    asked_for = f"{len(staged)} stages of all trials are {len(runs)} runs"
+    return f"; sharing: {asked_for}; saves {len(staged) - len(runs)} runs and {saved:,} samples ({share})"
+
+
+def _footer(
+    out: Table,
+    trials: list[Trial],
+    known: dict[str, Rate],
+    done: set[str],
+    counts: dict[str, int],
+    slots: int,
+) -> None:
     """Sums into the footers, and what is not a sum into the caption."""
     left = [trial for trial in trials if trial.fingerprint not in done]
-    found = [(trial.config, known.get(key_of(trial.config))) for trial in left]
-    pairs = [(config, rate) for config, rate in found if rate]
-    footers = ("all", str(len(trials)), str(len(done)), f"{sum(samples(trial.config) for trial in trials):,}")
+    found = [(trial, known.get(key_of(trial.config))) for trial in left]
+    pairs = [(trial, rate) for trial, rate in found if rate]
+    total = sum(counts[trial.fingerprint] for trial in trials)
+    footers = ("all", str(len(trials)), str(len(done)), f"{total:,}")
     for column, text in zip(out.columns, footers, strict=False):
         column.footer = text
     parts = [f"{len(left)} runs to do, {slots} at once"]
@@ -184,7 +244,8 @@ def _footer(out: Table, trials: list[Trial], known: dict[str, Rate], done: set[s
             f"time, memory and disk of {len(left) - len(pairs)}: {UNKNOWN} (plan --calibrate measures)"
         )
     if pairs:
-        seconds = sum(_seconds(config, rate) for config, rate in pairs) / slots
+        each = [_seconds(trial.config, rate, counts[trial.fingerprint]) for trial, rate in pairs]
+        seconds = max(sum(each) / slots, _longest(pairs, each))
         memory = _BASE_BYTES + slots * max(rate.peak_bytes for _, rate in pairs)
         disk = sum(rate.disk_bytes for _, rate in pairs)
         parts.append(
@@ -193,5 +254,13 @@ def _footer(out: Table, trials: list[Trial], known: dict[str, Rate], done: set[s
     out.caption = "; ".join(parts)
 
 
-def _seconds(config: RunConfig, rate: Rate) -> float:
-    return samples(config) * rate.train_seconds + eval_items(config) * rate.eval_seconds + rate.other_seconds
+def _longest(pairs: list[tuple[Trial, Rate]], each: list[float]) -> float:
+    """Seconds of the longest chain of stages, which no number of slots makes shorter."""
+    ends: dict[str, float] = {}
+    for (trial, _), seconds in zip(pairs, each, strict=True):
+        ends[trial.fingerprint] = seconds + ends.get(trial.config.init_from, 0.0)
+    return max(ends.values())
+
+
+def _seconds(config: RunConfig, rate: Rate, count: int) -> float:
+    return count * rate.train_seconds + eval_items(config) * rate.eval_seconds + rate.other_seconds

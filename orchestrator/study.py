@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.changes import Sets, changed, flat
+from orchestrator.orders import Stream
+from orchestrator.orders import read as read_stream
 from orchestrator.spaces import Space, read_space
 from search_spaces.adapters import ARMS
 from workloads.config import SCHEMA_VERSION, methods, read_yaml
@@ -55,6 +57,8 @@ class Arm:
     # Empty: the recipe's own method.
     method: str
     set: Sets = field(default_factory=dict)
+    # In a study with a stream: empty runs every order, `joint` one run on all stages' data, `alone` a run a task.
+    stream: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,7 @@ class Study:
     arms: tuple[Arm, ...]
     grid: dict[str, list[Any]]
     search: Search | None
+    stream: Stream | None
     seeds: tuple[int, ...]
     resources: Resources
     comparison: dict[str, Any]
@@ -79,13 +84,16 @@ class Study:
 
 
 _KEYS = (
-    "schema_version", "hypothesis", "recipe", "set", "arms", "grid", "search", "seeds",
+    "schema_version", "hypothesis", "recipe", "set", "arms", "grid", "search", "stream", "seeds",
     "profiles", "resources", "comparison",
 )  # fmt: skip
-_PROFILE_KEYS = ("set", "seeds", "grid", "resources", "search")
+_PROFILE_KEYS = ("set", "seeds", "grid", "resources", "search", "stream")
 # Metrics that a run reports once, after its training.
 _AT_THE_END = ("score", "eval_loss", "scale")
-_ROLES = ("solo", "mix", "double", "iso", "mole", "headline")
+_ROLES = ("solo", "mix", "double", "iso", "mole", "headline", "before", "joint", "alone")
+_BOUNDS = ("joint", "alone")
+# What the stages of a stream decide.
+_STAGED = ("data.mixture", "init_from", "continual.task")
 
 
 def find(spec: str) -> Path:
@@ -112,11 +120,12 @@ def from_tree(tree: Mapping[str, Any], name: str, profile: str = FULL, folder: P
     require(version == SCHEMA_VERSION, "schema_version", version, f"this version reads {SCHEMA_VERSION}")
     require(name.isidentifier(), "study name", name, "letters, digits and underscores (the file's name)")
     merged = _with_profile(tree, profile)
-    arms = _arms(merged.get("arms"))
+    stream = read_stream(merged["stream"]) if "stream" in merged else None
+    arms = _arms(merged.get("arms"), staged=stream is not None)
     resources = _fields(Resources, merged.get("resources") or {}, "resources")
     require(resources.workers >= 1, "resources.workers", resources.workers, "a whole number of 1 or more")
     require(resources.slots >= 0, "resources.slots", resources.slots, "0 (all CPUs) or more")
-    return Study(
+    study = Study(
         name=name if profile == FULL else f"{name}_{profile}",
         tree_name=name,
         profile=profile,
@@ -126,11 +135,27 @@ def from_tree(tree: Mapping[str, Any], name: str, profile: str = FULL, folder: P
         arms=arms,
         grid=_grid(merged.get("grid") or {}),
         search=_search(merged["search"]) if merged.get("search") else None,
+        stream=stream,
         seeds=_seeds(merged.get("seeds", [0]), "seeds"),
         resources=resources,
         comparison=_comparison(merged.get("comparison") or {}, [arm.name for arm in arms]),
         tree=dict(tree),
     )
+    _check_stream(study)
+    return study
+
+
+def _check_stream(study: Study) -> None:
+    """What does not go together with a stream."""
+    if study.stream is None:
+        return
+    require(
+        study.search is None, "search", "with `stream`", "one of the two: tune on a study without a stream"
+    )
+    places = {"set": study.set, "grid": study.grid, **{f"arms.{arm.name}.set": arm.set for arm in study.arms}}
+    for place, settings in places.items():
+        for key in settings:
+            require(key not in _STAGED, f"{place}.{key}", settings[key], "the stages of `stream` decide it")
 
 
 def known(tree: Any, keys: Iterable[str], where: str) -> None:
@@ -153,7 +178,7 @@ def _with_profile(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
     require(profile in names, "profile", profile, f"this study has {', '.join(names)}", names)
     merged = {key: value for key, value in tree.items() if key != "profiles"}
     for key, value in (profiles.get(profile) or {}).items():
-        if key in ("set", "resources", "search") and isinstance(value, Mapping):
+        if key in ("set", "resources", "search", "stream") and isinstance(value, Mapping):
             base = flat(merged.get(key) or {}, key) if key == "set" else dict(merged.get(key) or {})
             merged[key] = {**base, **(flat(value, f"profiles.{profile}.set") if key == "set" else value)}
         else:
@@ -161,7 +186,7 @@ def _with_profile(tree: Mapping[str, Any], profile: str) -> dict[str, Any]:
     return merged
 
 
-def _arms(tree: Any) -> tuple[Arm, ...]:
+def _arms(tree: Any, staged: bool) -> tuple[Arm, ...]:
     require(
         bool(tree) and isinstance(tree, (list, Mapping)),
         "arms",
@@ -172,7 +197,7 @@ def _arms(tree: Any) -> tuple[Arm, ...]:
         tree = {str(name): {"method": name} for name in tree}
     arms = []
     for name, part in tree.items():
-        known(part or {}, ("method", "set"), f"arms.{name}")
+        known(part or {}, ("method", "set", "stream"), f"arms.{name}")
         require(str(name).isidentifier(), "arms", name, "a name of letters, digits and underscores")
         method = (part or {}).get("method", name if name in ARMS else "")
         choices = sorted(set(ARMS) & set(methods()))
@@ -183,9 +208,12 @@ def _arms(tree: Any) -> tuple[Arm, ...]:
             f"methods: {', '.join(choices)}",
             choices,
         )
-        arms.append(
-            Arm(name=str(name), method=method, set=flat((part or {}).get("set") or {}, f"arms.{name}.set"))
-        )
+        bound = (part or {}).get("stream", "")
+        allowed = f"{' or '.join(_BOUNDS)}; without it the arm runs in every order"
+        require(bound in ("", *_BOUNDS), f"arms.{name}.stream", bound, allowed, _BOUNDS)
+        require(staged or not bound, f"arms.{name}.stream", bound, "the study has no `stream`")
+        settings = flat((part or {}).get("set") or {}, f"arms.{name}.set")
+        arms.append(Arm(name=str(name), method=method, set=settings, stream=bound))
     return tuple(arms)
 
 

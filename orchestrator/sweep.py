@@ -3,16 +3,19 @@
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from orchestrator import cluster, tracking
 from orchestrator.progress import Progress
 from orchestrator.store import Ledger, Store
+from orchestrator.streams import expanded
 from orchestrator.study import Study
-from orchestrator.trials import Trial, arm_tree, build, distinct, fixed, row, search_points
+from orchestrator.trials import Trial, distinct, row, search_points
 from orchestrator.uploader import Uploader
 from workloads.record import load
 
@@ -38,7 +41,8 @@ def sweep(study: Study, store: Store, console: Console, options: Options) -> Pat
     if options.address:
         cluster.probe(options.address)
     points = search_points(study) if study.search else []
-    trials = [] if study.search else fixed(study)
+    trials = [] if study.search else expanded(study)
+    threads = (points or trials)[0].config.execution.threads
     with store.only_driver(study.name) as folder:
         ledger = open_ledger(folder, study, trials, store, options.command)
         uri = tracking.tracking_uri(folder, options.tracking_uri)
@@ -47,7 +51,7 @@ def sweep(study: Study, store: Store, console: Console, options: Options) -> Pat
             uploader = Uploader(tracking.Tracker(store, study.name, uri), progress.say)
             uploader.start()
             try:
-                _train(study, trials, store, ledger, progress, options)
+                _train(study, trials, threads, store, ledger, progress, options)
             except BaseException:
                 ledger.interrupt(time.time())
                 uploader.close()
@@ -62,13 +66,14 @@ def sweep(study: Study, store: Store, console: Console, options: Options) -> Pat
 def open_ledger(folder: Path, study: Study, trials: list[Trial], store: Store, command: str) -> Ledger:
     """study.json at the start of a sweep: what an earlier one did is kept."""
     old = store.read_study(study.name) if study.name in store.studies() else {}
-    known = {(r["arm"], r["seed"], r["fingerprint"]): r for r in old.get("trials", [])}
+    known = {_key(line): line for line in old.get("trials", [])}
     # A search draws its trials as it goes: those that it has drawn before are kept.
     rows = old.get("trials", []) if study.search and old.get("tree") == study.tree else []
     for line in rows:
         line["status"] = line["status"] if line["status"] in ("finished", "stopped") else "pending"
     for trial in trials:
-        line = known.get((trial.arm, trial.seed, trial.fingerprint), row(trial))
+        line = row(trial)
+        line |= known.get(_key(line), {})
         done = store.finished(trial.fingerprint)
         line.update(status="finished" if done else "pending", error="")
         rows.append(line)
@@ -89,8 +94,20 @@ def open_ledger(folder: Path, study: Study, trials: list[Trial], store: Store, c
     return ledger
 
 
+def _key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells two lines of study.json apart; a shared stage has a line in each of its orders."""
+    keys = ("arm", "seed", "fingerprint", "order", "stage")
+    return tuple(line.get(key, default) for key, default in zip(keys, ("", 0, "", "", 0), strict=True))
+
+
 def _train(
-    study: Study, trials: list[Trial], store: Store, ledger: Ledger, progress: Progress, options: Options
+    study: Study,
+    trials: list[Trial],
+    threads: int,
+    store: Store,
+    ledger: Ledger,
+    progress: Progress,
+    options: Options,
 ) -> None:
     """Run what is left to run, and write down where the time went."""
     todo = [trial for key, trial in distinct(trials).items() if not store.finished(key)]
@@ -98,7 +115,6 @@ def _train(
         return
     from orchestrator.tuner import Watcher, run_list, run_search
 
-    threads = build(arm_tree(study, study.arms[0]), study.arms[0].name, 0, {}).config.execution.threads
     watcher = Watcher(ledger, store, progress)
     begin = time.time()
 

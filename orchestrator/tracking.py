@@ -1,4 +1,4 @@
-"""The only writer of MLflow: study = parent run, trial = child run, replayed from the records on disk.
+"""The only writer of MLflow: study = parent run, trial = its child, stage = the trial's, replayed from the records.
 
 The truth is study.json and each run's events.jsonl and record. `Tracker.push` uploads what MLflow does not
 have yet and remembers how far it came in sync.json, per tracking URI. Whatever is interrupted is pushed again
@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from dashboards.methods import COLUMNS, words
+from orchestrator.chain_runs import push_chain
+from orchestrator.stages import chains
 from orchestrator.store import STUDY, Store
 from orchestrator.trials import flat_params
 from workloads.errors import UserError
@@ -81,13 +83,22 @@ class Tracker:
         study = json.loads((self.folder / STUDY).read_text(encoding="utf-8"))
         client = self._connect(study)
         for row in study["trials"]:
-            self._push_trial(client, study["name"], row)
+            if not row.get("stage"):
+                self.push_run(study["name"], row, self.mine["parent"])
+        for chain in chains(study["trials"]):
+            push_chain(self, study, chain, final)
         if final:
             for path in (self.folder / STUDY, self.folder / PAGE):
                 if path.is_file():
                     client.log_artifact(self.mine["parent"], str(path))
             done = all(row["status"] in ("finished", "stopped") for row in study["trials"])
             client.set_terminated(self.mine["parent"], "FINISHED" if done else "KILLED")
+
+    @property
+    def connected(self) -> "MlflowClient":
+        """The client of a push that is going on."""
+        assert self.client is not None, "push connects first"
+        return self.client
 
     @property
     def mine(self) -> dict[str, Any]:
@@ -100,7 +111,7 @@ class Tracker:
             return json.loads(path.read_text(encoding="utf-8"))
         return {"schema_version": 1, "uris": {}}
 
-    def _save(self) -> None:
+    def save(self) -> None:
         write_json(self.folder / SYNC, self.sync)
 
     def _connect(self, study: Mapping[str, Any]) -> "MlflowClient":
@@ -124,95 +135,125 @@ class Tracker:
                 self.mine["experiment"], int(study["created"] * 1000), tags, run_name=study["name"]
             )
             self.mine["parent"] = run.info.run_id
-        self._save()
+        self.save()
         self.client = client
         return client
 
     def _search(self, client: "MlflowClient", filter_string: str) -> list["Run"]:
         return list(client.search_runs([self.mine["experiment"]], filter_string))
 
-    def _push_trial(self, client: "MlflowClient", study: str, row: Mapping[str, Any]) -> None:
-        key = f"{row['arm']}/{row['seed']}/{row['fingerprint']}"
-        state = self.mine["trials"].get(key, {"run": "", "steps": {}, "status": ""})
+    def push_run(self, study: str, row: Mapping[str, Any], parent: str) -> dict[str, Any]:
+        """Upload one run under `parent`, unless it is under another; returns what is known of it.
+
+        A stage that several trials share stays under the first of them.
+        """
+        own = "stage" if row.get("stage") else f"{row['arm']}/{row['seed']}"
+        key = f"{own}/{row['fingerprint']}"
+        state = self.mine["trials"].get(key, {"run": "", "steps": {}, "status": "", "parent": parent})
         if row["status"] == "pending" or state["status"] == row["status"] != "running":
-            return
+            return state
         before = json.dumps(state)
         folder = self.store.run_folder(row["fingerprint"])
         events = list(read_events(folder))
         if not state["run"]:
-            state["run"] = self._child(client, study, row, folder, events)
+            run = self._child(study, row, parent, events)
+            state["run"] = run.info.run_id
+            state["parent"] = run.data.tags.get("mlflow.parentRunId", parent)
             self.mine["trials"][key] = state
-            self._save()
-        self._log_metrics(client, state, events)
+            self.save()
+        if state.get("parent", parent) != parent:
+            return state
+        self._log_events(state, events)
         if row["status"] == "finished":
-            _log_methods(client, state["run"], folder)
-            _log_artifacts(client, state["run"], folder)
-        if row["status"] != "running":
-            end = row["ended"] or (events[-1]["time"] if events else 0)
-            client.set_terminated(state["run"], _STATUS.get(row["status"], "KILLED"), int(end * 1000))
-            if row["error"]:
-                client.set_tag(state["run"], "error", row["error"][:4000])
-        elif state["status"] not in ("", "running"):
-            client.update_run(state["run"], status="RUNNING")
-        state["status"] = row["status"]
+            self.log_methods(state["run"], folder)
+            _log_artifacts(self.connected, state["run"], folder)
+        end = row["ended"] or (events[-1]["time"] if events else 0)
+        self.set_status(state, row["status"], end, row["error"])
         if json.dumps(state) != before:
-            self._save()
+            self.save()
+        return state
 
-    def _child(
-        self,
-        client: "MlflowClient",
-        study: str,
-        row: Mapping[str, Any],
-        folder: Path,
-        events: list[dict[str, Any]],
-    ) -> str:
-        """The run of a trial: the one that carries its tags, or a new one with its parameters."""
-        found = self._search(client, f"tags.fingerprint = '{row['fingerprint']}'")
-        same = [run for run in found if run.data.tags.get("arm") == row["arm"]]
-        if same:
-            run = same[0]
-        else:
-            tags = {
-                "kind": "trial",
-                "study": study,
-                "arm": row["arm"],
-                "seed": str(row["seed"]),
-                "fingerprint": row["fingerprint"],
-                "method": row["config"]["adapter"]["name"],
-                "mlflow.parentRunId": self.mine["parent"],
-            }
-            start = row["started"] or (events[0]["time"] if events else 0)
-            name = f"{row['arm']}/{row['seed']}"
-            run = client.create_run(self.mine["experiment"], int(start * 1000), tags, run_name=name)
+    def _child(self, study: str, row: Mapping[str, Any], parent: str, events: list[dict[str, Any]]) -> "Run":
+        """The run of a trial or stage: the one that carries its tags, or a new one with its parameters."""
+        tags = {
+            "kind": "trial",
+            "study": study,
+            "arm": row["arm"],
+            "seed": str(row["seed"]),
+            "fingerprint": row["fingerprint"],
+            "method": row["config"]["adapter"]["name"],
+            "mlflow.parentRunId": parent,
+        }
+        name, wanted = f"{row['arm']}/{row['seed']}", {"kind": "trial", "arm": row["arm"]}
+        if row.get("stage"):
+            name, wanted = row["config"]["name"], {"kind": "stage"}
+            tags |= {"kind": "stage", **{key: str(row[key]) for key in ("order", "stage", "task")}}
+        start = row["started"] or (events[0]["time"] if events else 0)
+        run = self.find_or_create({**wanted, "fingerprint": row["fingerprint"]}, tags, name, start)
         if not run.data.params:
-            _log_params(client, run.info.run_id, flat_params(row["config"]))
-        return run.info.run_id
+            _log_params(self.connected, run.info.run_id, flat_params(row["config"]))
+        return run
 
-    def _log_metrics(
-        self, client: "MlflowClient", state: dict[str, Any], events: list[dict[str, Any]]
-    ) -> None:
+    def find_or_create(
+        self, wanted: Mapping[str, str], tags: Mapping[str, str], name: str, start: float
+    ) -> "Run":
+        """The run that has the tags `wanted`, or a new one with `tags`; `start` is in seconds."""
+        key = "fingerprint" if "fingerprint" in wanted else "seed"
+        found = self._search(self.connected, f"tags.{key} = '{wanted[key]}'")
+        same = [run for run in found if wanted.items() <= run.data.tags.items()]
+        if same:
+            return same[0]
+        experiment = self.mine["experiment"]
+        return self.connected.create_run(experiment, int(start * 1000), dict(tags), run_name=name)
+
+    def _log_events(self, state: dict[str, Any], events: list[dict[str, Any]]) -> None:
         """Send the events past the last step sent; a resumed run repeats steps, which are left out.
 
         What an event says in words of its scores goes first, as tags that `compare` reads.
         """
-        from mlflow.entities import Metric, RunTag
+        from mlflow.entities import RunTag
 
-        last, metrics, tags, steps = 0, [], [], dict(state["steps"])
+        last, steps, tags = 0, dict(state["steps"]), []
+        sent: list[tuple[str, float, float, int]] = []
         for event in events:
             kind, step = str(event.get("event", "")), int(event.get("step", last))
             last = max(last, step)
             if step <= steps.get(kind, -1):
                 continue
             steps[kind] = step
-            stamp = int(event["time"] * 1000)
-            metrics += [Metric(name, value, stamp, step) for name, value in numbers(event)]
+            sent += [(name, value, event["time"], step) for name, value in numbers(event)]
             told = [name for name in event if name == NO_MEAN or name.startswith(SCALE_OF)]
             tags += [RunTag(name, event[name]) for name in told]
         if tags:
-            client.log_batch(state["run"], tags=tags)
-        for start in range(0, len(metrics), _MAX_METRICS):
-            client.log_batch(state["run"], metrics=metrics[start : start + _MAX_METRICS])
+            self.connected.log_batch(state["run"], tags=tags)
+        self.log_metrics(state["run"], sent)
         state["steps"] = steps
+
+    def log_metrics(self, run: str, values: Iterable[tuple[str, float, float, int]]) -> None:
+        """Send (name, value, time in seconds, step) in batches; what MLflow has already changes nothing."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(name, value, int(time * 1000), step) for name, value, time, step in values]
+        for start in range(0, len(metrics), _MAX_METRICS):
+            self.connected.log_batch(run, metrics=metrics[start : start + _MAX_METRICS])
+
+    def log_methods(self, run: str, folder: Path) -> None:
+        """What the run's method needs and can do, as tags that `compare` reads."""
+        from mlflow.entities import RunTag
+
+        cells = words(json.loads((folder / RECORD).read_text(encoding="utf-8"))["capabilities"])
+        tags = [RunTag(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)]
+        self.connected.log_batch(run, tags=tags)
+
+    def set_status(self, state: dict[str, Any], status: str, end: float, error: str) -> None:
+        """Tell MLflow what has become of a run, when it ended and why it failed; notes the status in `state`."""
+        if status != "running":
+            self.connected.set_terminated(state["run"], _STATUS.get(status, "KILLED"), int(end * 1000))
+            if error:
+                self.connected.set_tag(state["run"], "error", error[:4000])
+        elif state["status"] not in ("", "running"):
+            self.connected.update_run(state["run"], status="RUNNING")
+        state["status"] = status
 
 
 def numbers(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -239,14 +280,6 @@ def _log_params(client: "MlflowClient", run: str, params: Mapping[str, str]) -> 
     rows = [Param(key, value) for key, value in params.items()]
     for start in range(0, len(rows), _MAX_PARAMS):
         client.log_batch(run, params=rows[start : start + _MAX_PARAMS])
-
-
-def _log_methods(client: "MlflowClient", run: str, folder: Path) -> None:
-    """What the run's method needs and can do, as tags that `compare` reads."""
-    from mlflow.entities import RunTag
-
-    cells = words(json.loads((folder / RECORD).read_text(encoding="utf-8"))["capabilities"])
-    client.log_batch(run, tags=[RunTag(name, cell) for name, cell in zip(COLUMNS, cells, strict=True)])
 
 
 def _log_artifacts(client: "MlflowClient", run: str, folder: Path) -> None:

@@ -1,21 +1,27 @@
-"""What happens inside one Ray Tune trial: take the run's folder, run it, report its events.
+"""What happens inside one Ray Tune trial: wait for the stage before, take the run's folder, run it, report its events.
 
-A trial's configuration is plain values: `spec` (arm, seed, the arm's tree as JSON, point) and `place`.
+A trial's configuration is plain values: `spec` and `place`. The spec of a trial from a list holds its whole
+configuration as JSON; that of a search holds the arm's tree, and the point that was drawn.
 """
 
 import json
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.store import Store, run_lock
-from orchestrator.trials import Trial, build
+from orchestrator.streams import wait
+from orchestrator.trials import Spot, Trial, build
+from workloads.config import from_tree, to_tree
 from workloads.errors import UserError
+from workloads.identity import fingerprint
 from workloads.record import read_events
 
 FAILED = "failed"
+# A trial that had to wait begins now.
+READY = "ready"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +29,24 @@ class Place:
     """What a trial has to know besides its configuration."""
 
     root: str
+    study: str
     spread: bool = False
     # The value a scheduler watches; empty without one.
     metric: str = ""
 
 
+def spec_of(trial: Trial) -> dict[str, Any]:
+    """A trial from a list as plain values; `resolve` is the inverse."""
+    values = {"arm": trial.arm, "seed": trial.seed, "point": trial.point, "spot": asdict(trial.spot)}
+    return {**values, "config": json.dumps(to_tree(trial.config))}
+
+
 def resolve(spec: Mapping[str, Any]) -> Trial:
     """The trial behind a Tune configuration; the driver and the actor come to the same one."""
+    if "config" in spec:
+        config = from_tree(json.loads(spec["config"]))
+        values = {key: spec[key] for key in ("arm", "seed", "point")}
+        return Trial(**values, config=config, fingerprint=fingerprint(config), spot=Spot(**spec["spot"]))
     return build(json.loads(spec["base"]), spec["arm"], spec["seed"], spec["point"])
 
 
@@ -37,9 +54,12 @@ def run_trial(config: dict[str, Any]) -> None:
     """The function trainable. With one worker the run happens right here, in a reused actor."""
     trial = resolve(config["spec"])
     place = Place(**config["place"])
-    folder = Store(Path(place.root)).run_folder(trial.fingerprint)
+    store = Store(Path(place.root))
+    folder = store.run_folder(trial.fingerprint)
     reporter = Reporter(place.metric)
     try:
+        if wait(trial, store, place.study):
+            reporter({"event": READY}, None)
         with run_lock(folder):
             _run_or_find(trial, place, folder, reporter)
     except Exception as error:

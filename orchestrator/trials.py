@@ -2,8 +2,9 @@
 
 import copy
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from orchestrator.study import Arm, Study
@@ -18,6 +19,17 @@ Tree = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spot:
+    """Where a run stands in a study's stream; all empty: nowhere."""
+
+    # Label of the order; a run that belongs to no order has none.
+    order: str = ""
+    # Counted from 1.
+    stage: int = 0
+    task: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
     """One run as a study sees it."""
 
@@ -27,22 +39,25 @@ class Trial:
     point: dict[str, Any] = field(default_factory=dict)
     config: RunConfig
     fingerprint: str
+    spot: Spot = field(default_factory=Spot)
 
 
 def fixed(study: Study) -> list[Trial]:
-    """All trials of a study without a search, in the order seed, arm, grid point.
+    """All trials of a study without search and stream, in the order seed, arm, grid point.
 
     Seeds come first, so that a study stopped half-way has whole replications of the comparison.
     """
-    points = [
-        dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())
-    ]
     return [
         build(arm_tree(study, arm), arm.name, seed, point)
         for seed in study.seeds
         for arm in study.arms
-        for point in points
+        for point in points(study)
     ]
+
+
+def points(study: Study) -> list[dict[str, Any]]:
+    """Every point of the study's grid; without a grid the one that sets nothing."""
+    return [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
 
 
 def search_points(study: Study) -> list[Trial]:
@@ -96,12 +111,19 @@ def build(base: Mapping[str, Any], arm: str, seed: int, point: Mapping[str, Any]
     for key, value in rounded.items():
         put(tree, key, value)
     name = label(arm, rounded)
-    try:
+    with naming(name):
         config = from_tree({**tree, "seed": seed, "name": f"{name}/{seed}"})
         sources.check(config)
-    except UserError as error:
-        raise UserError(f"arm {name}: {error}") from None
     return Trial(arm=name, seed=seed, point=rounded, config=config, fingerprint=fingerprint(config))
+
+
+@contextmanager
+def naming(arm: str) -> Iterator[None]:
+    """Put an arm's name before a mistake in its settings."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"arm {arm}: {error}") from None
 
 
 def put(tree: Tree, key: str, value: Any) -> None:
@@ -145,6 +167,7 @@ def row(trial: Trial) -> dict[str, Any]:
         "arm": trial.arm,
         "seed": trial.seed,
         "point": trial.point,
+        **asdict(trial.spot),
         "fingerprint": trial.fingerprint,
         "config": to_tree(trial.config),
         "status": "pending",

@@ -14,7 +14,7 @@ from orchestrator.schedulers import generator, sampled, scheduler
 from orchestrator.store import ERROR, Ledger, Store
 from orchestrator.study import Resources, Study
 from orchestrator.sweep import SCRATCH
-from orchestrator.trial import FAILED, Place, resolve, run_trial
+from orchestrator.trial import FAILED, READY, Place, resolve, run_trial, spec_of
 from orchestrator.trials import Trial, arm_tree, row, space_of
 from orchestrator.worker import DRIVER_CPU
 
@@ -26,15 +26,10 @@ _DIED = (
 
 
 def run_list(study: Study, trials: list[Trial], store: Store, watcher: "Watcher", slots: int) -> None:
-    """One Tuner over all runs, so that every actor is warm after its first trial."""
-    arms = {arm.name: json.dumps(arm_tree(study, arm)) for arm in study.arms}
-    specs = [
-        {"arm": base, "seed": trial.seed, "base": arms[base], "point": trial.point}
-        for trial in trials
-        for base in [trial.arm.split("@")[0]]
-    ]
-    place = Place(root=str(store.root), spread=study.resources.spread)
-    space = {"spec": tune.grid_search(specs), "place": dataclasses.asdict(place)}
+    """One Tuner over all runs, so that every actor is warm after its first trial; they start in the order given."""
+    place = Place(root=str(store.root), study=study.name, spread=study.resources.spread)
+    specs = tune.grid_search([spec_of(trial) for trial in trials])
+    space = {"spec": specs, "place": dataclasses.asdict(place)}
     threads = trials[0].config.execution.threads
     config = tune.TuneConfig(
         search_alg=generator(slots),
@@ -59,7 +54,7 @@ def run_search(study: Study, store: Store, watcher: "Watcher", slots: int) -> No
             "point": sampled(space_of(study, arm)),
         }
         first = resolve({**spec, "seed": search.seeds[0], "point": {}})
-        place = Place(root=str(store.root), spread=study.resources.spread, metric=metric)
+        place = Place(root=str(store.root), study=study.name, spread=study.resources.spread, metric=metric)
         config = tune.TuneConfig(
             search_alg=generator(slots),
             scheduler=scheduler(search, _num_steps(first)),
@@ -133,6 +128,9 @@ class Watcher(Callback):
         if event.get("event") == FAILED:
             self._errors[ours.fingerprint] = (event["error"], event["traceback"])
             return
+        if event.get("event") == READY:
+            # Its time counts from here, not from when it began to wait.
+            self.ledger.mark(ours.fingerprint, "running", time.time())
         self.ledger.place(ours.fingerprint, f"{result['hostname']}:{result['pid']}")
         self.progress.event(ours.fingerprint, event)
 

@@ -70,13 +70,16 @@ def overview(store: Any, names: list[str]) -> Table:
 
 def detail(tree: dict[str, Any]) -> Table:
     """One line per trial."""
-    table = Table("arm", "seed", "state", "time", "fingerprint", "error", title=tree["name"])
+    staged = any(row.get("stage") for row in tree["trials"])
+    places = ("order", "stage", "task") if staged else ()
+    table = Table("arm", "seed", *places, "state", "time", "fingerprint", "error", title=tree["name"])
     for row in tree["trials"]:
         end = row["ended"] if row["status"] not in ("running", "pending") else time.time()
         seconds = f"{end - row['started']:.0f} s" if row["started"] and row["status"] != "pending" else ""
         table.add_row(
             escape(row["arm"]),
             str(row["seed"]),
+            *(escape(str(row.get(place) or "")) for place in places),
             row["status"],
             seconds,
             row["fingerprint"],
