@@ -81,7 +81,7 @@ def _log_scores(tracker: "Tracker", row: Row, state: dict[str, Any]) -> None:
     events = [event for event in read_events(folder) if event.get("event") == "eval"]
     for event in events[-1:]:
         told = [
-            (name, value) for name, value in _scores(event) if row["order"] or name.split("/")[1:2] in own
+            (name, value) for name, value in _scores(event) if row["order"] or own & {*name.split("/")[1:2]}
         ]
         tracker.log_metrics(
             state["run"], [(name, value, event["time"], row["stage"]) for name, value in told]

@@ -79,3 +79,60 @@ def test_a_rate_with_visual_cues_is_another_one():
         return plan.key_of(from_tree(tree))
 
     assert key() == key(vce_heads=2) != key(vce=True) != key(vce=True, vce_heads=2)
+
+
+TASKS = ["general", "document", "biomedical"]
+REPLAY = {"method": "lora", "set": {"continual.replay": "reservoir", "continual.replay_share": 0.25}}
+
+
+@pytest.fixture
+def staged(write_study):
+    """Two orders that begin alike; 64 samples a stage, and replay beside plain stages."""
+    stream = {"stages": TASKS, "orders": ["given", ["general", "biomedical", "document"]]}
+    arms = {"lora": {}, "replay": REPLAY, "alone": {"method": "lora", "stream": "alone"}}
+    return load(str(write_study(arms=arms, stream=stream, set={"data.samples": 64}, resources={"slots": 2})))
+
+
+def test_a_stream_is_planned_with_shared_stages_once_and_replayed_samples_counted(staged, tmp_path):
+    text = " ".join(_text(plan.table(staged, Store(tmp_path))).split())
+    # Two orders of lora share a first stage with each other, with replay's, and with the first task alone.
+    runs = 5 + 4 + 2
+    # The second stage of replay sees a quarter of 64 again, the third a quarter of 128.
+    samples = 64 * runs + 2 * (16 + 32)
+    assert f"{runs} runs to do, 2 at once" in text
+    assert f"{samples:,}" in text
+    stages = 2 * 2 * 3 + 3
+    saved = stages - runs
+    share = round(100 * 64 * saved / (samples + 64 * saved))
+    assert f"{stages} stages of all trials are {runs} runs" in text
+    assert f"saves {saved} runs and {64 * saved} samples ({share} %)" in text
+
+
+def test_no_number_of_slots_makes_a_chain_shorter(write_study, tmp_path):
+    study = load(str(write_study(stream={"stages": TASKS}, set={"data.samples": 64}, resources={"slots": 8})))
+    store = Store(tmp_path)
+    rates = {plan.key_of(trial.config): vars(RATE) for trial in plan.representatives(study)}
+    assert len(rates) == 1
+    store.calibration.write_text(json.dumps({"schema_version": 1, "rates": rates}))
+    one = 64 * 0.01 + 24 * 0.1 + 2.0
+    assert f"about 0:{round(3 * one):02d}" in _text(plan.table(study, store))
+
+
+def test_orders_of_a_methods_tasks_cost_the_same_and_a_look_back_does_not(staged, write_study):
+    keys = {(t.arm, t.spot.stage): plan.key_of(t.config) for t in plan.planned(staged)}
+    assert keys["lora", 1] == keys["lora", 3] != keys["replay", 2] == keys["replay", 3]
+    stream = {"stages": TASKS, "orders": ["given", "reversed"]}
+    study = load(str(write_study(arms={"o_lora": {}}, stream=stream)))
+    assert len(plan.representatives(study)) == 1
+
+
+def test_a_look_back_is_measured_at_a_second_stage(write_study, tmp_path):
+    settings = {"eval.domains": ["general"], "eval.samples": 4, "optim.global_batch": 2}
+    stream = {"stages": ["general", "document"]}
+    study = load(str(write_study(arms={"replay": REPLAY}, stream=stream, set=settings)))
+    store = Store(tmp_path / "studies")
+    store.require_writable()
+    plan.calibrate(plan.representatives(study), store, Console(quiet=True))
+    known = plan.rates(store, [])
+    assert set(known) == {plan.key_of(trial.config) for trial in plan.planned(study)}
+    assert len(known) == 2

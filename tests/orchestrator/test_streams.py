@@ -9,12 +9,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from orchestrator.commands.status import detail
 from orchestrator.plan import planned
 from orchestrator.store import Store
 from orchestrator.streams import expanded, wait
 from orchestrator.study import from_tree
 from orchestrator.trial import resolve, spec_of
-from orchestrator.trials import distinct
+from orchestrator.trials import distinct, row
 from workloads.config import to_tree
 from workloads.errors import UserError
 
@@ -276,3 +277,13 @@ def test_a_stage_that_failed_ends_the_waiting_of_all_after_it_by_its_name(expand
     study.write()
     with pytest.raises(UserError, match=r"^stage 2 \(document\) of order given failed$"):
         wait(trials[2], study.store, "t")
+
+
+def test_status_shows_where_a_run_stands_in_its_stream_and_only_there(expand):
+    trials = [row(trial) for trial in expand()]
+    columns = [column.header for column in detail({"name": "t", "trials": trials}).columns]
+    assert columns[2:5] == ["order", "stage", "task"]
+    for line in trials:
+        for key in ("order", "stage", "task"):
+            del line[key]
+    assert "stage" not in [column.header for column in detail({"name": "t", "trials": trials}).columns]
