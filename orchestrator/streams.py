@@ -8,7 +8,7 @@ stage for each task: the same run as that of an order which begins with the task
 import importlib
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -146,10 +146,11 @@ def _trial(
     return Trial(arm=line.arm, seed=seed, point=line.point, config=config, fingerprint=key, spot=spot)
 
 
-def wait(trial: Trial, store: Store, study: str) -> bool:
+def wait(trial: Trial, store: Store, study: str, tell: Callable[[], None] = lambda: None) -> bool:
     """Return when the run that `trial` starts from is finished, and whether that took any waiting.
 
-    Raises `UserError` when a stage before it has failed in this study.
+    `tell` is called after every look in vain: a trial that reports can be stopped. Raises `UserError` when a stage
+    before it has failed in this study.
     """
     if not trial.spot.stage or not trial.config.init_from or store.finished(trial.fingerprint):
         return False
@@ -159,6 +160,7 @@ def wait(trial: Trial, store: Store, study: str) -> bool:
             stage, task = failed["stage"], failed["task"]
             raise UserError(f"stage {stage} ({task}) of order {trial.spot.order} failed")
         waited = True
+        tell()
         time.sleep(_PAUSE)
     return waited
 

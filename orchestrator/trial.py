@@ -20,8 +20,8 @@ from workloads.identity import fingerprint
 from workloads.record import read_events
 
 FAILED = "failed"
-# A trial that had to wait begins now.
-READY = "ready"
+# A trial waits for the stage before, and begins after it.
+WAITING, READY = "waiting", "ready"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def run_trial(config: dict[str, Any]) -> None:
     folder = store.run_folder(trial.fingerprint)
     reporter = Reporter(place.metric)
     try:
-        if wait(trial, store, place.study):
+        if wait(trial, store, place.study, lambda: reporter({"event": WAITING}, None)):
             reporter({"event": READY}, None)
         with run_lock(folder):
             _run_or_find(trial, place, folder, reporter)

@@ -14,7 +14,7 @@ from orchestrator.schedulers import generator, sampled, scheduler
 from orchestrator.store import ERROR, Ledger, Store
 from orchestrator.study import Resources, Study
 from orchestrator.sweep import SCRATCH
-from orchestrator.trial import FAILED, READY, Place, resolve, run_trial, spec_of
+from orchestrator.trial import FAILED, READY, WAITING, Place, resolve, run_trial, spec_of
 from orchestrator.trials import Trial, arm_tree, row, space_of
 from orchestrator.worker import DRIVER_CPU
 
@@ -123,6 +123,8 @@ class Watcher(Callback):
         self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, result: dict[str, Any], **info: Any
     ) -> None:
         ours, event = self._ours(trial), result["run_event"]
+        if event.get("event") == WAITING:
+            return
         if event.get("event") == "finished":
             self.ended.append(ours.fingerprint)
         if event.get("event") == FAILED:
