@@ -21,6 +21,8 @@ from workloads.record import RunRecord
 
 # Points of all learning curves together, so that a page stays below its size whatever the study's.
 _MAX_POINTS = 24_000
+# Settings that follow from where a run stands in a stream.
+_STAGED = ("data.mixture", "init_from", "continual.task", "adapter.tasks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def expert_views(results: StudyResults) -> list[ExpertView]:
     """One view for each arm that routes."""
     views = []
     for arm in ordered_arms(results):
-        runs = [run for run in results.runs(arm) if run.routing]
+        runs = [run for run in results.last_runs(arm) if run.routing]
         if runs:
             shares = [np.array(list(run.routing.values())) for run in runs]
             num_domains, _, num_experts = shares[0].shape
@@ -130,6 +132,8 @@ def cost_rows(results: StudyResults) -> list[CostRow]:
 def configuration(results: StudyResults) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
     """(settings that all runs share, setting -> arm -> value where arms differ); seeds and names left out."""
     by_arm = {arm: _joined([_flat(run.config) for run in results.runs(arm)]) for arm in ordered_arms(results)}
+    for arm in results.staged_arms:
+        by_arm[arm] = {key: value for key, value in by_arm[arm].items() if key not in _STAGED}
     by_arm = {arm: settings for arm, settings in by_arm.items() if settings}
     keys = dict.fromkeys(key for settings in by_arm.values() for key in settings)
     values = {key: {arm: settings.get(key, "–") for arm, settings in by_arm.items()} for key in keys}

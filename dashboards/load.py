@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dashboards.methods import COLUMNS
 from dashboards.results import (
+    BOUNDS,
     FINISHED,
     StudyResults,
     TrialState,
@@ -22,7 +23,7 @@ from dashboards.results import (
     read_roles,
     seeds_of,
 )
-from dashboards.runs import Questions, Run, read_run
+from dashboards.runs import Questions, Run, read_run, read_stage
 from workloads.errors import UserError, nearest, require
 from workloads.record import SCALE_OF, TOP, Scale, is_finished
 
@@ -41,6 +42,8 @@ class CompareRow:
     study: str
     arm: str
     seed: int
+    # Label of the order in which a trial with stages learns its tasks.
+    order: str = ""
     method: str
     fingerprint: str
     run_id: str
@@ -59,12 +62,13 @@ def study_results(folder: Path, root: Path) -> StudyResults:
     trials = [_trial(row, root) for row in tree["trials"]]
     questions: Questions = {}
     runs: dict[str, Run] = {}
-    for trial in trials:
-        if trial.status == FINISHED and trial.fingerprint not in runs:
-            folder = root / "runs" / trial.fingerprint
-            runs[trial.fingerprint] = read_run(folder, trial.fingerprint, questions)
-    check_scorers(runs)
     whole = [trial for trial in trials if not trial.stage]
+    for trial in [*whole, *trials]:
+        if trial.status == FINISHED and trial.fingerprint not in runs:
+            path = root / "runs" / trial.fingerprint
+            read = read_stage(path, trial.fingerprint) if trial.stage else None
+            runs[trial.fingerprint] = read or read_run(path, trial.fingerprint, questions)
+    check_scorers(runs)
     arms = dict.fromkeys(trial.arm for trial in whole if trial.status == FINISHED)
     by_arm = {arm: seeds_of(arm, whole) for arm in arms}
     return StudyResults(
@@ -74,12 +78,18 @@ def study_results(folder: Path, root: Path) -> StudyResults:
         command=str(tree.get("command", "")),
         created=float(tree.get("created") or 0),
         roles=read_roles(tree.get("comparison") or {}, by_arm, runs),
+        bounds={role: str(arm) for role in BOUNDS if (arm := (tree.get("comparison") or {}).get(role))},
         trials=tuple(trials),
         records={fingerprint: run.record for fingerprint, run in runs.items()},
         scores={arm: item_scores(arm, seeds, runs, questions) for arm, seeds in by_arm.items()},
         curves={fingerprint: run.curves for fingerprint, run in runs.items()},
         time={key: value for key, value in (tree.get("time") or {}).items() if value is not None},
     )
+
+
+def has_stream(folder: Path) -> bool:
+    """Whether the study in `folder` trains tasks one after another."""
+    return any(row.get("stage") and row.get("order") for row in _study_tree(folder / STUDY)["trials"])
 
 
 def compare(references: Sequence[str], root: Path, tracking_uri: str = "") -> list[CompareRow]:
@@ -119,9 +129,18 @@ def _trial(row: Mapping[str, Any], root: Path) -> TrialState:
         seed=int(row["seed"]),
         fingerprint=fingerprint,
         status=status,
+        order=str(row.get("order") or ""),
         stage=int(row.get("stage") or 0),
+        task=str(row.get("task") or ""),
+        domains=_domains(row),
         error=str(row.get("error") or ("its run folder has no record" if status == "lost" else "")),
     )
+
+
+def _domains(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a stage trains on."""
+    mixture = ((row.get("config") or {}).get("data") or {}).get("mixture") or {}
+    return tuple(domain for domain, weight in mixture.items() if weight > 0)
 
 
 def _compare_one(reference: str, root: Path, tracking_uri: str) -> list[CompareRow]:
@@ -193,6 +212,7 @@ def _compare_row(run: "MlflowRun") -> CompareRow:
         study=tags.get("study", ""),
         arm=tags.get("arm", run.info.run_name or run.info.run_id),
         seed=int(tags.get("seed", 0)),
+        order=tags.get("order", ""),
         method=tags.get("method", ""),
         fingerprint=tags.get("fingerprint", ""),
         run_id=run.info.run_id,

@@ -16,6 +16,8 @@ from workloads.evaluation.conflict import ItemScores, Roles
 from workloads.record import RunRecord, Scale
 
 FINISHED = "finished"
+# Roles of a comparison around a stream: the model before any training, all tasks at once, each task alone.
+BOUNDS = ("before", "joint", "alone")
 
 # Arm -> seed -> fingerprint, of finished runs.
 SeedsByArm = Mapping[str, Mapping[int, str]]
@@ -31,8 +33,20 @@ class TrialState:
     # `finished` when there is a record, whatever the ledger says.
     status: str
     error: str
+    # Label of the order in which tasks are trained; a run outside every order has none.
+    order: str = ""
     # Counted from 1; 0: no stage of a stream.
     stage: int = 0
+    # Name of the stage's task, and the domains that it trains on; empty without a stage, the latter in old studies.
+    task: str = ""
+    domains: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Arm, seed and place in the stream, in words."""
+        order = f", order {self.order}" if self.order else ""
+        stage = f", stage {self.stage} ({self.task})" if self.stage else ""
+        return f"{self.arm}, seed {self.seed}{order}{stage}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +61,11 @@ class StudyResults:
     created: float
     roles: Roles
     trials: tuple[TrialState, ...]
+    # Role of `BOUNDS` -> arm.
+    bounds: Mapping[str, str]
     # By fingerprint; finished runs only, as all that follows.
     records: dict[str, RunRecord]
-    # Arm -> domain -> item scores.
+    # Arm -> domain -> item scores; arms that run in stages are left out.
     scores: dict[str, dict[str, ItemScores]]
     curves: dict[str, Curves]
     # wall_seconds, slots, overhead; empty until the driver has written them.
@@ -59,6 +75,11 @@ class StudyResults:
     def arms(self) -> list[str]:
         """All arms in the order of the study, finished or not."""
         return list(dict.fromkeys(trial.arm for trial in self.trials))
+
+    @property
+    def staged_arms(self) -> list[str]:
+        """Arms that run in stages."""
+        return list(dict.fromkeys(trial.arm for trial in self.trials if trial.stage))
 
     @property
     def domains(self) -> list[str]:
@@ -95,9 +116,22 @@ class StudyResults:
         return [domain for domain, weight in mixture.items() if weight > 0]
 
     def runs(self, arm: str) -> list[RunRecord]:
-        """Finished runs of an arm, by seed."""
+        """Finished runs of an arm, by seed; a stage that several orders share is there once."""
         mine = [t for t in self.trials if t.arm == arm and t.fingerprint in self.records]
-        return [self.records[trial.fingerprint] for trial in sorted(mine, key=lambda trial: trial.seed)]
+        keys = dict.fromkeys(trial.fingerprint for trial in sorted(mine, key=lambda trial: trial.seed))
+        return [self.records[key] for key in keys]
+
+    def last_runs(self, arm: str) -> list[RunRecord]:
+        """Finished runs that show how an arm ends, by seed: with stages, the last ones of its first order."""
+        mine = [trial for trial in self.trials if trial.arm == arm]
+        if not any(trial.stage for trial in mine):
+            return self.runs(arm)
+        order = next((trial.order for trial in mine if trial.order), "")
+        last = max((trial.stage for trial in mine if trial.order == order), default=0)
+        ends = [
+            t for t in mine if order and (t.order, t.stage) == (order, last) and t.fingerprint in self.records
+        ]
+        return [self.records[trial.fingerprint] for trial in sorted(ends, key=lambda trial: trial.seed)]
 
 
 def seeds_of(arm: str, trials: Sequence[TrialState]) -> dict[int, str]:

@@ -129,7 +129,7 @@ def unfinished_lines(results: StudyResults) -> list[str]:
     """One line for each trial without a record that failed or was cut short, and one for those to come."""
     states = [trial for trial in results.trials if trial.status != FINISHED]
     lines = [
-        f"{trial.status}: {trial.arm}, seed {trial.seed}" + (f": {trial.error}" if trial.error else "")
+        f"{trial.status}: {trial.name}" + (f": {trial.error}" if trial.error else "")
         for trial in states
         if trial.status not in ("pending", "running")
     ]
@@ -139,6 +139,7 @@ def unfinished_lines(results: StudyResults) -> list[str]:
 
 def _arm_row(arm: str, results: StudyResults, found: Iterable[Contrast]) -> ArmRow:
     runs = results.runs(arm)
+    trials = [trial for trial in results.trials if trial.arm == arm]
     cost = runs[0].cost if runs else None
     mine = {contrast.metric: contrast for contrast in found if contrast.arm == arm}
     double = mine["double"].difference.mean if "double" in mine else None
@@ -147,8 +148,8 @@ def _arm_row(arm: str, results: StudyResults, found: Iterable[Contrast]) -> ArmR
         arm=arm,
         role="images removed" if arm in results.blind_arms else role_of(arm, results.roles),
         method=str(runs[0].config["adapter"]["name"]) if runs else "",
-        num_finished=len(runs),
-        num_trials=sum(trial.arm == arm for trial in results.trials),
+        num_finished=sum(trial.status == FINISHED for trial in trials),
+        num_trials=len(trials),
         trainable=cost.trainable if cost else 0,
         adapter_weights=cost.adapter_weights if cost else 0,
         adapter_active=cost.adapter_active if cost else 0,

@@ -50,6 +50,12 @@ def read_run(folder: Path, fingerprint: str, questions: Questions) -> Run:
     return Run(record=record, items=items, whole=whole, curves=_curves(folder, record))
 
 
+def read_stage(folder: Path, fingerprint: str) -> Run:
+    """Read the record and curves of a stage, of which a study has many; its items are left where they are."""
+    record = _record(folder, fingerprint)
+    return Run(record=record, items={}, whole=frozenset(), curves=_curves(folder, record))
+
+
 def _record(folder: Path, fingerprint: str) -> records.RunRecord:
     path = folder / records.RECORD
     try:

@@ -19,6 +19,7 @@ from dashboards.rows import (
     type_columns,
     unfinished_lines,
 )
+from dashboards.stream_tables import stream_parts
 from dashboards.units import NO_MEAN, UNITS, bracket, common, heading, signed, spread, told, with_spread
 from workloads.evaluation.conflict import Breakdown
 from workloads.evaluation.statistics import Interval, over_seeds
@@ -29,8 +30,10 @@ def summary(results: StudyResults) -> RenderableType:
     """The study's tables for a terminal: scores, differences, question types, verdicts, unfinished trials."""
     rows = summarise(results)
     parts: list[RenderableType] = [Text(_headline(results), style="bold"), Text(results.hypothesis)]
+    parts += stream_parts(results)
     if results.scores:
         parts.append(_scores_table(rows))
+    if results.records:
         parts.append(_methods_table(results))
     if rows.contrasts:
         parts += [_differences_table(rows), _types_table(rows)]
@@ -40,17 +43,24 @@ def summary(results: StudyResults) -> RenderableType:
     return Group(*parts)
 
 
+def stream_comparison(results: StudyResults) -> RenderableType:
+    """The tables of a study with a stream, from its records."""
+    return Group(Text(_headline(results), style="bold"), *stream_parts(results))
+
+
 def comparison(rows: Sequence[CompareRow]) -> RenderableType:
     """One line per study and arm, from MLflow's metrics; intervals over seeds only, items taken as fixed."""
     names = [name.removeprefix("score/") for row in rows for name in row.metrics if name.startswith("score/")]
     domains = list(dict.fromkeys(name for name in names if "/" not in name))
     table = _table(f"{_title(rows)}, ± 95 % t-interval over seeds (items fixed)")
-    for name in ("study", "arm", "method", *COLUMNS):
+    ordered = any(row.order for row in rows)
+    for name in ("study", "arm", *(["order"] if ordered else []), "method", *COLUMNS):
         table.add_column(name)
     for name in ("seeds", "mean", *domains):
         table.add_column(Text(name), justify="right")
-    for study, arm, method in dict.fromkeys((row.study, row.arm, row.method) for row in rows):
-        mine = [row for row in rows if (row.study, row.arm, row.method) == (study, arm, method)]
+    for key in dict.fromkeys((row.study, row.arm, row.order, row.method) for row in rows):
+        mine = [row for row in rows if (row.study, row.arm, row.order, row.method) == key]
+        labels = [key[0], key[1], *([key[2] or "–"] if ordered else []), key[3]]
         scored = [row for row in mine if any(f"score/{domain}" in row.metrics for domain in domains)]
         words = next((row.words for row in mine if row.words), ("–",) * len(COLUMNS))
         cells = [_over_seeds(mine, f"score/{domain}", _scale(mine, domain)) for domain in domains]
@@ -61,7 +71,7 @@ def comparison(rows: Sequence[CompareRow]) -> RenderableType:
             NO_MEAN if len(set(own.values())) > 1 else _over_seeds(mine, "score", common(own) or "fraction")
         )
         num_seeds = f"{len(scored)}/{len(mine)}"
-        table.add_row(*(Text(cell) for cell in (study, arm, method, *words, num_seeds, mean, *cells)))
+        table.add_row(*(Text(cell) for cell in (*labels, *words, num_seeds, mean, *cells)))
     return table
 
 

@@ -1,0 +1,210 @@
+"""Continual metrics of a stream's arms with their intervals, computed once for the terminal and the page.
+
+Intervals of an arm over all its orders are those of the two-way crossed design of orders and seeds, with one order
+(or one arm in one order) t-intervals over seeds. Test items are taken as fixed.
+
+Shape letters: S seeds, O orders.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dashboards.streams import Chain, Stream
+from workloads.evaluation.continual import (
+    Matrix,
+    OrderSensitivity,
+    aggregates,
+    intransigence,
+    order_sensitivity,
+)
+from workloads.evaluation.statistics import Interval, interval, over_seeds
+
+Values = dict[str, Interval | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One metric: its short heading, what it is, and whether it is a difference, which carries a sign."""
+
+    heading: str
+    words: str
+    is_difference: bool = False
+
+
+COLUMNS: Mapping[str, Column] = {
+    "final": Column(heading="final", words="mean over tasks after the last stage"),
+    "mft": Column(heading="MFT", words="mean over tasks right after their own stage"),
+    "maa": Column(heading="MAA", words="mean over stages of the mean over tasks seen so far"),
+    "bwt_T": Column(heading="bwt_T", words="change since each task's own stage: sum / T", is_difference=True),
+    "bwt_Tminus1": Column(heading="bwt_Tminus1", words="the same sum / (T − 1)", is_difference=True),
+    "forgetting": Column(
+        heading="forgetting",
+        words="best earlier score − last score, but for the last task",
+        is_difference=True,
+    ),
+    "fwt": Column(
+        heading="FWT", words="just before a task's own stage − untrained model", is_difference=True
+    ),
+    "zero_shot_never": Column(
+        heading="never trained", words="tasks that no stage trains, after the last stage"
+    ),
+    "zero_shot_later": Column(heading="yet to come", words="tasks before their own stage"),
+    "intransigence": Column(
+        heading="intransigence",
+        words="the task trained alone − right after its own stage",
+        is_difference=True,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamRow:
+    """One arm over all its orders, or in one of them."""
+
+    arm: str
+    method: str
+    # Empty: over all orders that are in the intervals.
+    order: str
+    num_orders: int
+    num_seeds: int
+    # Finished chains, of all.
+    num_whole: int
+    num_chains: int
+    # One for each of COLUMNS; None where something that it takes is missing.
+    values: Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundRow:
+    """An arm that runs outside every order, with t-intervals over seeds."""
+
+    role: str
+    arm: str
+    num_seeds: int
+    # `final`: the mean over all tasks; `zero_shot_never`.
+    values: Values
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSummary:
+    """Everything computed from one stream."""
+
+    stream: Stream
+    arms: tuple[StreamRow, ...]
+    # Arm -> its rows order by order.
+    by_order: dict[str, tuple[StreamRow, ...]]
+    bounds: tuple[BoundRow, ...]
+    # Of arms with a whole order.
+    sensitivity: dict[str, OrderSensitivity]
+
+
+def summarise_stream(stream: Stream) -> StreamSummary:
+    """Compute all rows; where the tasks' scales differ there are no means, and all values are None."""
+    chosen = {arm: rectangle(stream.of(arm)) for arm in stream.arms}
+    return StreamSummary(
+        stream=stream,
+        arms=tuple(_row(stream, arm, "", grid) for arm, grid in chosen.items()),
+        by_order={
+            arm: tuple(_row(stream, arm, order, rectangle(stream.of(arm, order))) for order in stream.orders)
+            for arm in stream.arms
+        },
+        bounds=tuple(_bounds(stream)),
+        sensitivity={
+            arm: order_sensitivity({order: [_whole(chain) for chain in part] for order, part in grid.items()})
+            for arm, grid in chosen.items()
+            if grid and stream.scale
+        },
+    )
+
+
+def rectangle(chains: Sequence[Chain]) -> dict[str, list[Chain]]:
+    """Order -> its whole chains, with the same seeds for every order.
+
+    Orders in which nothing is whole are left out, then seeds that are not whole in all the others; where that
+    leaves none, the order with most seeds stands alone.
+    """
+    by_order: dict[str, dict[int, Chain]] = {}
+    for chain in chains:
+        if chain.matrix is not None:
+            by_order.setdefault(chain.order, {})[chain.seed] = chain
+    if not by_order:
+        return {}
+    seeds = set.intersection(*(set(part) for part in by_order.values()))
+    if not seeds:
+        best = max(by_order, key=lambda order: len(by_order[order]))
+        by_order, seeds = {best: by_order[best]}, set(by_order[best])
+    return {order: [part[seed] for seed in sorted(seeds)] for order, part in by_order.items()}
+
+
+def values_of(stream: Stream, chain: Chain) -> dict[str, float | None]:
+    """Every metric of one whole chain; `None` where something that it takes is missing."""
+    matrix = _whole(chain)
+    alone = stream.bound("alone", chain)
+    bounds = [alone.get(task) for task in chain.tasks]
+    known = [bound for bound in bounds if bound is not None]
+    cost = intransigence(matrix, np.array(known)) if len(known) == len(bounds) else None
+    return {**aggregates(matrix), "intransigence": cost}
+
+
+def crossed(values_SO: np.ndarray) -> Interval:
+    """Interval over seeds and orders: both are taken as draws, and every order has the same seeds."""
+    return interval(values_SO) if values_SO.shape[1] > 1 else over_seeds(values_SO[:, 0])
+
+
+def _row(stream: Stream, arm: str, order: str, grid: Mapping[str, Sequence[Chain]]) -> StreamRow:
+    chains = stream.of(arm, order)
+    runs = [run for chain in chains for run in chain.runs if run]
+    return StreamRow(
+        arm=arm,
+        method=str(runs[0].config["adapter"]["name"]) if runs else "",
+        order=order,
+        num_orders=len(grid),
+        num_seeds=len(next(iter(grid.values()), ())),
+        num_whole=sum(chain.matrix is not None for chain in chains),
+        num_chains=len(chains),
+        values=_values(stream, grid),
+    )
+
+
+def _values(stream: Stream, grid: Mapping[str, Sequence[Chain]]) -> Values:
+    if not grid:
+        return dict.fromkeys(COLUMNS)
+    found = [[values_of(stream, chain) for chain in chains] for chains in grid.values()]
+    out: Values = {}
+    for name in COLUMNS:
+        rows = [[values[name] for values in part] for part in found]
+        scale = stream.never_scale if name == "zero_shot_never" else stream.scale
+        whole = scale is not None and all(value is not None for row in rows for value in row)
+        out[name] = crossed(np.array(rows, dtype=np.float64).T) if whole else None
+    return out
+
+
+def _bounds(stream: Stream) -> list[BoundRow]:
+    rows = []
+    for role, arms in stream.bounds.items():
+        for arm, seeds in arms.items():
+            final = [_mean(scores, stream.tasks) for scores in seeds.values()] if stream.scale else []
+            never = [_mean(scores, stream.never) for scores in seeds.values()] if stream.never_scale else []
+            values = {"final": _over(final), "zero_shot_never": _over(never)}
+            rows.append(BoundRow(role=role, arm=arm, num_seeds=len(seeds), values=values))
+    return rows
+
+
+def _mean(scores: Mapping[str, float | None], names: Sequence[str]) -> float | None:
+    """The mean over `names`; None without any, and where one has no score."""
+    found = [scores.get(name) for name in names]
+    present = [score for score in found if score is not None]
+    return sum(present) / len(present) if present and len(present) == len(found) else None
+
+
+def _over(values: Sequence[float | None]) -> Interval | None:
+    """A t-interval over the seeds that have a value."""
+    present = [value for value in values if value is not None]
+    return over_seeds(np.array(present)) if present else None
+
+
+def _whole(chain: Chain) -> Matrix:
+    assert chain.matrix is not None
+    return chain.matrix

@@ -1,0 +1,114 @@
+"""The terminal's tables of a stream: what each arm learns, keeps and forgets, in the unit of its tasks' scores."""
+
+from collections.abc import Sequence
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dashboards.results import StudyResults
+from dashboards.stream_rows import COLUMNS, StreamRow, StreamSummary, summarise_stream
+from dashboards.streams import Stream, missing_lines, stream_of
+from dashboards.units import NO_MEAN, UNITS, signed, spread, with_spread
+from workloads.evaluation.statistics import Interval
+from workloads.record import Scale, no_mean
+
+# The columns that one line of a terminal holds; the others have a table of their own.
+_FIRST = ("final", "mft", "maa", "bwt_T", "bwt_Tminus1", "forgetting", "fwt", "zero_shot_never")
+_SECOND = ("zero_shot_later", "intransigence")
+ROLES = {"before": "untrained", "joint": "all tasks at once", "alone": "each task alone"}
+
+
+def stream_parts(results: StudyResults) -> list[RenderableType]:
+    """Tables of the study's stream, and what is missing; nothing for a study without one."""
+    stream = stream_of(results)
+    if stream is None:
+        return []
+    found = summarise_stream(stream)
+    parts: list[RenderableType] = [_main_table(found), _order_table(found)]
+    parts += [Text(line) for line in scale_lines(stream)]
+    return parts + [Text(f"missing: {line}", style="red") for line in missing_lines(stream)]
+
+
+def scale_lines(stream: Stream) -> list[str]:
+    """Why there are no means, where there are none."""
+    groups = ((stream.tasks, stream.scale), (stream.never, stream.never_scale))
+    lines = []
+    for names, scale in groups:
+        if names and scale is None:
+            known = {name: own for name in names if (own := stream.scales[name])}
+            mixed = [name for name in names if stream.scales[name] is None]
+            told = [no_mean(known)] if len(set(known.values())) > 1 else []
+            lines += told + [f"no score of {name}: its domains' scales differ" for name in mixed]
+    return lines
+
+
+def shown(name: str, interval: Interval | None, stream: Stream) -> str:
+    """A metric with its interval; a dash, or that scales differ, where there is none."""
+    scale = scale_of(name, stream)
+    if interval is None or scale is None:
+        names = stream.never if name == "zero_shot_never" else stream.tasks
+        return NO_MEAN if scale is None and names else "–"
+    if COLUMNS[name].is_difference:
+        return f"{signed(interval.mean, scale)} {spread(interval, scale)}"
+    return with_spread(interval, scale)
+
+
+def scale_of(name: str, stream: Stream) -> Scale | None:
+    """The scale of a metric."""
+    return stream.never_scale if name == "zero_shot_never" else stream.scale
+
+
+def _main_table(found: StreamSummary) -> Table:
+    unit = UNITS[found.stream.scale].name if found.stream.scale else "each task's own unit"
+    table = _table(
+        f"Stream of {len(found.stream.tasks)} tasks in {unit}, ± 95 % interval over orders and seeds (items fixed)"
+    )
+    table.add_column("arm")
+    for name in ("orders × seeds", "done"):
+        table.add_column(name, justify="right")
+    for name in _FIRST:
+        table.add_column(COLUMNS[name].heading, justify="right")
+    for row in found.arms:
+        done = f"{row.num_whole}/{row.num_chains}"
+        cells = (shown(name, row.values[name], found.stream) for name in _FIRST)
+        table.add_row(*(Text(cell) for cell in (row.arm, _size(row), done, *cells)))
+    for bound in found.bounds:
+        label = f"{bound.arm} ({ROLES[bound.role]})"
+        cells = (
+            shown(name, bound.values[name], found.stream) if name in bound.values else "" for name in _FIRST
+        )
+        table.add_row(*(Text(cell) for cell in (label, f"– × {bound.num_seeds}", "", *cells)))
+    return table
+
+
+def _order_table(found: StreamSummary) -> Table:
+    table = _table(
+        "How much the order matters (final, ± 95 % t-interval over seeds), and what else was measured"
+    )
+    table.add_column("arm")
+    for name in ("mean", "spread over orders", "worst order", "its final"):
+        table.add_column(name, justify="right")
+    for name in _SECOND:
+        table.add_column(COLUMNS[name].heading, justify="right")
+    for row in found.arms:
+        cells = [shown(name, row.values[name], found.stream) for name in _SECOND]
+        table.add_row(*(Text(cell) for cell in (row.arm, *_sensitivity(found, row.arm), *cells)))
+    return table
+
+
+def _sensitivity(found: StreamSummary, arm: str) -> Sequence[str]:
+    part, scale = found.sensitivity.get(arm), found.stream.scale
+    if part is None or scale is None:
+        return ("–", "–", "–", "–")
+    over_orders = with_spread(part.spread, scale) if part.spread else "–"
+    return (with_spread(part.mean, scale), over_orders, part.worst_order, with_spread(part.worst, scale))
+
+
+def _size(row: StreamRow) -> str:
+    """Orders and seeds that the row's numbers are over."""
+    return f"{row.num_orders} × {row.num_seeds}" if row.num_orders else "–"
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title), title_justify="left", header_style="bold", pad_edge=False, box=None)
