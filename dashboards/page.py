@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from dashboards import details, figures, methods, rows, units, views
+from dashboards import details, figures, methods, rows, stream_figures, stream_views, units, views
 from dashboards.load import study_results
 from dashboards.results import FINISHED, StudyResults
-from workloads.evaluation.conflict import SOLO, find
+from workloads.evaluation.conflict import SOLO, ItemScores, find
 from workloads.evaluation.statistics import MIN_SEEDS
 
 PAGE = "report.html"
@@ -63,6 +63,10 @@ def render(results: StudyResults) -> str:
         "bar_row": figures.bar_row,
         "expert_map": figures.expert_map,
         "curve_panel": figures.curve_panel,
+        "task_curves": stream_figures.task_curves,
+        "strip_row": stream_figures.strip_row,
+        "strip_axis": stream_figures.strip_axis,
+        "scatter": stream_figures.scatter,
         "tone": figures.tone,
         "card_tone": views.card_tone,
         "mixture_text": views.mixture_text,
@@ -82,7 +86,7 @@ def _context(results: StudyResults) -> dict[str, Any]:
         "summary": summary,
         "metrics": rows.METRICS,
         "min_seeds": MIN_SEEDS,
-        "most_seeds": max((row.num_finished for row in summary.arms), default=0),
+        "most_seeds": max((len(items.seeds) for items in _scored(results)), default=0),
         "has_long_names": any(len(arm) > _LONG_NAME for arm in results.arms),
         "finished": sum(trial.status == FINISHED for trial in results.trials),
         "unfinished": [trial for trial in results.trials if trial.status != FINISHED],
@@ -114,7 +118,12 @@ def _context(results: StudyResults) -> dict[str, Any]:
         "identity": identity,
         "environment": environment,
         "solo": SOLO,
+        "stream": stream_views.view_of(results),
     }
+
+
+def _scored(results: StudyResults) -> list[ItemScores]:
+    return [items for by_domain in results.scores.values() for items in by_domain.values()]
 
 
 def _breakable(name: str) -> Markup:

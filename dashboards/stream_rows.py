@@ -22,6 +22,8 @@ from workloads.evaluation.continual import (
 from workloads.evaluation.statistics import Interval, interval, over_seeds
 
 Values = dict[str, Interval | None]
+# Role of an arm that runs outside every order -> what it is.
+ROLES = {"before": "untrained", "joint": "all at once", "alone": "each alone"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.results import StudyResults
-from dashboards.stream_rows import COLUMNS, StreamRow, StreamSummary, summarise_stream
+from dashboards.stream_rows import COLUMNS, ROLES, StreamRow, StreamSummary, summarise_stream
 from dashboards.streams import Stream, missing_lines, stream_of
 from dashboards.units import NO_MEAN, UNITS, signed, spread, with_spread
 from workloads.evaluation.statistics import Interval
@@ -16,7 +16,6 @@ from workloads.record import Scale, no_mean
 # The columns that one line of a terminal holds; the others have a table of their own.
 _FIRST = ("final", "mft", "maa", "bwt_T", "bwt_Tminus1", "forgetting", "fwt", "zero_shot_never")
 _SECOND = ("zero_shot_later", "intransigence")
-ROLES = {"before": "untrained", "joint": "all tasks at once", "alone": "each task alone"}
 
 
 def stream_parts(results: StudyResults) -> list[RenderableType]:
@@ -64,7 +63,7 @@ def _main_table(found: StreamSummary) -> Table:
     table = _table(
         f"Stream of {len(found.stream.tasks)} tasks in {unit}, ± 95 % interval over orders and seeds (items fixed)"
     )
-    table.add_column("arm")
+    table.add_column("arm", no_wrap=True)
     for name in ("orders × seeds", "done"):
         table.add_column(name, justify="right")
     for name in _FIRST:

@@ -230,7 +230,7 @@ def test_studies_without_a_stream_have_none(study):
 def test_the_table_names_every_arm_bound_and_metric(folder):
     assert has_stream(folder)
     text = text_of(stream_comparison(read(folder)))
-    for word in ("lora", "ewc", "base (untrained)", "joint (all tasks at once)", "alone (each task alone)"):
+    for word in ("lora", "ewc", "base (untrained)", "joint (all at once)", "alone (each alone)"):
         assert word in text
     for column in COLUMNS.values():
         assert column.heading in text
