@@ -15,7 +15,14 @@ IMAGE_TOKEN = 3
 # Tests that start Ray or a second worker take longest.
 MANY_PROCESSES = {
     "orchestrator": ("test_cli", "test_cluster", "test_stream_sweep", "test_sweep", "test_tracking"),
-    "training": ("test_engine", "test_llava_workers", "test_method_workers", "test_workers"),
+    "training": (
+        "test_engine",
+        "test_llava_workers",
+        "test_method_workers",
+        "test_past_workers",
+        "test_stages",
+        "test_workers",
+    ),
 }
 
 

@@ -1,7 +1,8 @@
 """RunRecord: what one run did and what came out, as plain data in record.json; loads without torch.
 
 A run's folder holds `config.json`, `events.jsonl` (one JSON object per report), `predictions.jsonl`,
-`rejected.jsonl` (bad samples, when there are any), `adapter/` and, once the run is finished, `record.json`.
+`rejected.jsonl` (bad samples, when there are any), `adapter/`, `past.safetensors` (what EWC holds weights to) and,
+once the run is finished, `record.json`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ PREDICTIONS = "predictions.jsonl"
 REJECTED = "rejected.jsonl"
 ADAPTER = "adapter"
 CHECKPOINT = "checkpoint"
+PAST = "past.safetensors"
 RECORD_VERSION = 1
 # In an event with scores: start of the keys that name a domain's scale where it is no fraction, and key of the words
 # that stand in place of a mean over domains.
@@ -72,6 +74,17 @@ class Cost:
     # Ranks of the plain LoRAs with about as many weights as the adapter in all, and as one token meets; 0 is unknown.
     iso_total: int = 0
     iso_active: int = 0
+    # Looking back at earlier stages, before training: Fisher, teacher.
+    past_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ancestor:
+    """An earlier stage that a run's adapter comes from."""
+
+    fingerprint: str
+    # Empty: it was no stage of a stream.
+    task: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +121,14 @@ class RunRecord:
     cost: Cost
     # How often the run was resumed.
     num_resumes: int = 0
+    # The stages before this one, the first one first.
+    lineage: list[Ancestor] = field(default_factory=list)
+    # Samples of earlier stages among `num_samples`.
+    num_replayed: int = 0
+    # Task -> task that the method selected -> number of evaluation items, over the tasks learned so far; empty where
+    # the method selects none. The share of items whose own task was selected; None without such items.
+    selected: dict[str, dict[str, int]] = field(default_factory=dict)
+    selector_accuracy: float | None = None
 
 
 def mean_score(scores: Mapping[str, DomainScore]) -> float | None:
@@ -156,6 +177,7 @@ def load(folder: Path) -> RunRecord:
         for domain, score in tree["scores"].items()
     }
     tree["cost"] = Cost(**tree["cost"])
+    tree["lineage"] = [Ancestor(**each) for each in tree.get("lineage", [])]
     return RunRecord(**tree)
 
 

@@ -53,8 +53,27 @@ def _majority(config: RunConfig, domain: str, rows: Sequence[Mapping[str, Any]],
     return score_rows(scorer, given).total
 
 
-def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, float | int | str]:
-    """The `eval` event: the mean score or why there is none, and score and loss by domain and question type."""
+def selection(answered: Answered, tasks: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a record that say how well a method that looks for a sample's task found it.
+
+    Counts items of the `tasks` learned so far, which stand by domain.
+    """
+    rows = [row for row in answered.predictions if row["domain"] in tasks and "selected" in row]
+    pairs = [(tasks[row["domain"]], row["selected"]) for row in rows]
+    counts: dict[str, dict[str, int]] = {task: {} for task, _ in pairs}
+    for task, found in pairs:
+        counts[task][found] = counts[task].get(found, 0) + 1
+    accuracy = sum(task == found for task, found in pairs) / len(pairs) if pairs else None
+    return {"selected": counts, "selector_accuracy": accuracy}
+
+
+def eval_metrics(
+    scores: Mapping[str, DomainScore], step: int, selector_accuracy: float | None
+) -> dict[str, float | int | str]:
+    """The `eval` event: the mean score or why there is none, score and loss by domain and question type.
+
+    A method that looks for a sample's task adds how often it found it.
+    """
     metrics: dict[str, float | int | str] = {"event": "eval", "step": step}
     mean = record.mean_score(scores)
     if mean is None:
@@ -67,6 +86,8 @@ def eval_metrics(scores: Mapping[str, DomainScore], step: int) -> dict[str, floa
             metrics[f"{record.SCALE_OF}{domain}"] = score.scale
         metrics[f"eval_loss/{domain}"] = score.loss
         metrics |= {f"score/{domain}/{kind}": value for kind, (value, _) in score.by_type.items()}
+    if selector_accuracy is not None:
+        metrics["selector_accuracy"] = selector_accuracy
     return {**metrics, "peak_bytes": environment.peak_bytes()}
 
 
@@ -102,14 +123,12 @@ def cost(
     attached: Attached,
     shape: Shape,
     num_trained: int,
-    eval_seconds: float,
-    seconds: float,
+    seconds: Mapping[str, float],
 ) -> Cost:
-    """What the run took; `shape` is that of the base model."""
+    """What the run took; `shape` is that of the base model, `seconds` are a Cost's fields for all but training."""
     return Cost(
-        seconds=seconds,
+        **seconds,
         train_seconds=outcome.seconds,
-        eval_seconds=eval_seconds,
         samples_per_second=outcome.samples_per_second,
         tokens_per_second=outcome.tokens_per_second,
         peak_bytes=environment.peak_bytes(),

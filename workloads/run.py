@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 
 from workloads import adapters, environment, identity, record, results
 from workloads.adapters.base import Attached, Trace, count
-from workloads.config import RunConfig, from_tree, to_tree
-from workloads.data import mixture, pool, sources
+from workloads.config import RunConfig, to_tree
+from workloads.data import pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
 from workloads.errors import UserError, require
@@ -20,11 +20,29 @@ from workloads.evaluation.answer import answer
 from workloads.llava import tower, vce
 from workloads.llava.build import Llava, build, projector_weights, train_projector
 from workloads.record import RunRecord
-from workloads.training import checkpoint, engine
+from workloads.training import checkpoint, engine, past
 from workloads.training.loop import Loop
+from workloads.training.past import Past, lineage
+from workloads.training.past.lineage import Course, Stage
 
 Metrics = dict[str, float | int | str]
 Report = Callable[[Metrics, Path | None], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The samples that a run trains on and is scored on."""
+
+    course: Course
+    eval_pools: dict[str, Pool]
+    # Domain -> indices of the evaluation items.
+    items: dict[str, list[int]]
+    rejected: list[Rejected]
+
+    def eval_hash(self) -> str:
+        """Hash of the decoded evaluation items."""
+        slots = [Slot(domain=domain, index=i) for domain, indices in self.items.items() for i in indices]
+        return pool.content_hash(self.eval_pools, slots)
 
 
 @engine.contained()
@@ -42,48 +60,48 @@ def run(config: RunConfig, report: Report, folder: Path) -> RunRecord:
     engine.join()
     if _finished(config, folder):
         return record.load(folder)
+    stages = lineage.of(config, folder.parent)
     described = environment.describe()
     llava = _base(config)
-    pools = _pools(config, llava, mixture.domains(config.data), "train")
-    eval_pools = _pools(config, llava, sources.evaluated(config), config.eval.split)
-    rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
-    lengths = {d: p.lengths for d, p in pools.items()}
-    stream = mixture.stream(config.data, {d: p.accepted for d, p in pools.items()}, config.seed, lengths)
-    items = {d: _first(config, d, p) for d, p in eval_pools.items()}
-    if config.execution.feature_cache:
-        pools, eval_pools = _seen_once(config, llava, (pools, stream), (eval_pools, items))
+    seen = _material(config, llava, stages)
     trace = Trace()
-    attached = _attached(config, llava, trace, folder)
+    attached = _attached(config, llava, trace)
+    looked_back = _looked_back(config, llava, attached, trace, seen.course, folder)
     num_trained = _num_trained(config, llava)
-    _start_folder(config, folder, rejected)
+    _start_folder(config, folder, seen.rejected)
+    looked_back.save(folder)
     emit = _Events(folder, report)
-    torch.manual_seed(config.seed + 1_000_003 * (engine.rank() + 1))  # ranks draw different dropout masks
-    trained_engine = engine.Engine(
-        llava.model, config.optim, config.execution, projector_weights(llava.model)
-    )
+    trained_engine = _engine(config, llava)
     try:
-        loop = Loop(config, llava, attached, trace, trained_engine, pools, stream)
+        pools, stream = seen.course.pools, seen.course.stream
+        loop = Loop(config, llava, attached, trace, trained_engine, pools, stream, looked_back)
         trained = loop.run(folder / record.CHECKPOINT, emit)
+        if config.continual.task:
+            attached.on_task_end(config.continual.task)
         weights = checkpoint.weights_of(llava.model, attached)
         # Where training was kept, evaluation is: beside the weights that answer.
         kept = checkpoint.latest(folder / record.CHECKPOINT) if config.execution.checkpoint_every else None
-        answered = answer(config, llava, trace, eval_pools, items, kept)
+        answered = answer(config, llava, trace, seen.eval_pools, seen.items, kept, attached.selected)
         optimizer_bytes = trained_engine.optimizer_bytes()
     finally:
         trained_engine.close()
         trace.clear()  # a step cut short leaves its graph there, and the graph holds the model
     scores = results.domain_scores(config, answered)
-    emit({**results.eval_metrics(scores, trained.num_steps), "optimizer_bytes": optimizer_bytes})
+    selection = results.selection(answered, lineage.task_by_domain(config, stages))
+    metrics = results.eval_metrics(scores, trained.num_steps, selection["selector_accuracy"])
+    emit({**metrics, "optimizer_bytes": optimizer_bytes})
+    spent = time.monotonic() - began
+    seconds = {"seconds": spent, "eval_seconds": answered.seconds, "past_seconds": looked_back.seconds}
     result = RunRecord(
         **results.described(config, attached, described),
         **results.trained(trained, pools, stream),
-        num_rejected=len(rejected),
-        eval_hash=pool.content_hash(eval_pools, [Slot(domain=d, index=i) for d in items for i in items[d]]),
+        **lineage.described(seen.course),
+        **selection,
+        num_rejected=len(seen.rejected),
+        eval_hash=seen.eval_hash(),
         scores=scores,
         routing=answered.routing,
-        cost=results.cost(
-            trained, attached, llava.model.config, num_trained, answered.seconds, time.monotonic() - began
-        ),
+        cost=results.cost(trained, attached, llava.model.config, num_trained, seconds),
     )
     results.write(config, folder, result, weights, attached, answered.predictions)
     report({"event": "finished", "step": trained.num_steps, "seconds": result.cost.seconds}, folder)
@@ -133,6 +151,20 @@ def _base(config: RunConfig) -> Llava:
     return llava
 
 
+def _material(config: RunConfig, llava: Llava, stages: Sequence[Stage]) -> Material:
+    """What the run sees; of an image the tower's features alone where those are cached."""
+    pools = _pools(config, llava, lineage.domains(config, stages), "train")
+    eval_pools = _pools(config, llava, sources.evaluated(config), config.eval.split)
+    rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
+    course = lineage.course(config, stages, pools)
+    items = {d: _first(config, d, p) for d, p in eval_pools.items()}
+    if config.execution.feature_cache:
+        pools, eval_pools = _seen_once(config, llava, (pools, course.met(config)), (eval_pools, items))
+        course = replace(course, pools=pools)
+    eval_pools = lineage.with_tasks(config, stages, eval_pools)
+    return Material(course=course, eval_pools=eval_pools, items=items, rejected=rejected)
+
+
 def _seen_once(
     config: RunConfig,
     llava: Llava,
@@ -158,8 +190,8 @@ def _seen_once(
     return dict(zip(pools, opened[:split], strict=True)), dict(zip(eval_pools, opened[split:], strict=True))
 
 
-def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> Attached:
-    """The method on the base; fresh, from another run's adapter, or from this run's checkpoint."""
+def _attached(config: RunConfig, llava: Llava, trace: Trace) -> Attached:
+    """The method on the base, fresh."""
     torch.manual_seed(config.seed)
     attached = adapters.attach(llava.model, config.adapter, trace)
     trace.watch(llava.model)
@@ -173,14 +205,21 @@ def _attached(config: RunConfig, llava: Llava, trace: Trace, folder: Path) -> At
         llava.model.activation_checkpointing_enable({"use_reentrant": False})
         # Without re-entrance inputs need no gradient; with one, backward would go through all of the frozen tower.
         llava.model.disable_input_require_grads()
+    return attached
+
+
+def _looked_back(
+    config: RunConfig, llava: Llava, attached: Attached, trace: Trace, course: Course, folder: Path
+) -> Past:
+    """The start: weights of the stage before, what is made of the past, the task, and this run's checkpoint."""
+    if course.stages:
+        past.start(config, llava, attached, course.stages[-1])
+    made = past.make(config, llava, attached, trace, course, folder)
+    if config.continual.task:
+        attached.on_task_start(config.continual.task)
     if path := checkpoint.latest(folder / record.CHECKPOINT):
         checkpoint.load_adapter(path, llava.model, attached)
-    elif config.init_from:
-        start = folder.parent / config.init_from
-        _check_start(config, start)
-        weights = adapters.read(start / record.ADAPTER)
-        checkpoint.load_weights(llava.model, attached, weights, f"init_from {config.init_from}")
-    return attached
+    return made
 
 
 def _num_trained(config: RunConfig, llava: Llava) -> int:
@@ -191,21 +230,10 @@ def _num_trained(config: RunConfig, llava: Llava) -> int:
     return found
 
 
-def _check_start(config: RunConfig, start: Path) -> None:
-    """Raise `UserError` unless the run in `start` is finished and its adapter computes the same in this run."""
-    allowed = f"the fingerprint of a finished run in {start.parent}"
-    require(record.is_finished(start), "init_from", config.init_from, allowed)
-    other, mine = record.load(start), identity.identity(config)
-    for part in ("model", "method", "vce"):
-        own, found = mine.get(part, "none"), other.identity.get(part, "none")
-        allowed = f"a run with this {part} ({own}, not {found})"
-        require(own == found, "init_from", config.init_from, allowed)
-    theirs = from_tree(other.config).adapter
-    free = config.adapter.training_only() & theirs.training_only()
-    for key, value in asdict(config.adapter).items():
-        given = getattr(theirs, key)
-        allowed = f"the run that init_from names has {given!r}"
-        require(key in free or value == given, f"adapter.{key}", value, allowed)
+def _engine(config: RunConfig, llava: Llava) -> engine.Engine:
+    """The engine that trains; from here on, ranks draw different dropout masks."""
+    torch.manual_seed(config.seed + 1_000_003 * (engine.rank() + 1))
+    return engine.Engine(llava.model, config.optim, config.execution, projector_weights(llava.model))
 
 
 def check_context(config: RunConfig, llava: Llava) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from workloads.config import from_tree
+from workloads.identity import fingerprint
 from workloads.run import run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -15,7 +16,11 @@ MIX = {"general": 1.0, "document": 1.0, "biomedical": 1.0}
 
 def small(adapter="lora", **sections):
     """A run of 12 steps on 96 samples, scored on 8 validation items a domain."""
-    ranks = {"lora": {"rank": 2}, "smora": {"rank_total": 4, "top_k": 2}}
+    ranks = {
+        "lora": {"rank": 2},
+        "smora": {"rank_total": 4, "top_k": 2},
+        "branch_lora": {"rank_total": 8, "num_branches": 4},
+    }
     rank = ranks.get(adapter, {"rank_per_expert": 2})
     tree = {
         "adapter": {"name": adapter, "alpha": 4.0, **rank, **sections.pop("adapter_fields", {})},
@@ -34,6 +39,27 @@ def do(config, folder):
     reports = []
     record = run(config, lambda metrics, path: reports.append(metrics), folder)
     return record, reports
+
+
+def stages(parts, continual, adapter="lora", **sections):
+    """Configurations of a stream that start from each other; `parts` holds each task's mixture, in order."""
+    configs, before = [], ""
+    for task, mixture in parts.items():
+        data = {"mixture": mixture, "samples": 24, **sections.get("data", {})}
+        config = small(
+            adapter,
+            **{**sections, "data": data},
+            continual={"task": task, **continual},
+            init_from=before,
+        )
+        configs.append(config)
+        before = fingerprint(config)
+    return configs
+
+
+def do_stages(configs, runs):
+    """Run a stream's stages, each in the folder of its name; returns records and reports."""
+    return [do(config, runs / fingerprint(config)) for config in configs]
 
 
 def two_processes(code, folder):

@@ -178,7 +178,7 @@ def test_the_method_is_told_of_every_row_and_called_after_every_step(tmp_path, m
             assert len(samples) == shape[0]
         monkeypatch.setattr(engine, "world_size", lambda: 2)
         monkeypatch.setattr(engine, "rank", lambda: 1)
-        (batch,) = loop._batches(1)
+        (batch,) = loop.batches.of(1)
     finally:
         trained.close()
     batch.begin(trace)

@@ -3,7 +3,7 @@
 Shape letters: L layers that route, B batch, T tokens, E experts, N supervised tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,12 @@ def answer(
     pools: Mapping[str, Pool],
     items: Mapping[str, Sequence[int]],
     folder: Path | None = None,
+    selected: Callable[[], list[str]] | None = None,
 ) -> Answered:
     """Answer `items` (domain -> pool indices) with a KV cache; every rank gets the whole result.
 
-    With a `folder`, which belongs to these weights, finished batches are kept there and not answered again.
+    With a `folder`, which belongs to these weights, finished batches are kept there and not answered again. `selected`
+    names the task that the method found for each sample of the last prompt; predictions then say it.
     """
     llava.model.eval()
     slots = [(domain, index) for domain in sorted(items) for index in items[domain]]
@@ -61,6 +63,8 @@ def answer(
         asked = [slots[min(place, len(slots) - 1)] for place in chosen]
         batch = [pools[domain].sample(index) for domain, index in asked]
         rows = _generate(config, llava, trace, batch)
+        if selected is not None:
+            rows = [{**row, "selected": task} for row, task in zip(rows, selected(), strict=True)]
         trace.clear()
         _teach(config, llava, trace, batch, [place < len(slots) for place in chosen], progress)
         trace.clear()

@@ -112,6 +112,11 @@ def latest(folder: Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def step_of(path: Path) -> int:
+    """The optimizer steps that a checkpoint's run had taken."""
+    return int(path.name.removeprefix("step-"))
+
+
 def load_adapter(path: Path, model: nn.Module, attached: Attached) -> None:
     """Put a checkpoint's adapter into `model`, before the engine takes its master copies."""
     load_weights(model, attached, load_file(path / "adapter.safetensors"), str(path))

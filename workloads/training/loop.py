@@ -15,14 +15,16 @@ from pathlib import Path
 
 from workloads.adapters.base import Attached, Trace
 from workloads.config import RunConfig
-from workloads.data.collate import Batch, train_batch
+from workloads.data.collate import Batch
 from workloads.data.mixture import Slot
-from workloads.data.pool import Pool, Sample
+from workloads.data.pool import Pool
 from workloads.errors import UserError
 from workloads.identity import fingerprint
-from workloads.llava.build import DTYPES, Llava
+from workloads.llava.build import Llava
 from workloads.training import checkpoint, engine, loss
+from workloads.training.batches import Batches
 from workloads.training.optim import cosine_with_warmup
+from workloads.training.past import NO_PAST, Past
 from workloads.training.tally import Tally
 
 Emit = Callable[[Mapping[str, float | int | str]], None]
@@ -54,17 +56,18 @@ class Loop:
         trained: engine.Engine,
         pools: Mapping[str, Pool],
         stream: Sequence[Slot],
+        past: Past = NO_PAST,
     ) -> None:
         self.config, self.llava, self.attached, self.trace = config, llava, attached, trace
-        self.trained, self.pools, self.stream = trained, pools, stream
-        self.num_steps = -(-len(stream) // config.optim.global_batch)
-        domains = sorted(pools)
+        self.trained, self.past = trained, past
+        self.batches = Batches(config=config, llava=llava, pools=pools, stream=stream)
+        self.num_steps = self.batches.num_steps
+        domains = sorted({slot.domain for slot in stream})
         self.tallies = {name: Tally(domains=domains) for name in ("window", "tail", "total")}
         execution = config.execution
         self.layout = (
             f"run {fingerprint(config)}, {execution.workers} worker(s), ZeRO stage {execution.zero_stage}"
         )
-        self.dtype = DTYPES[config.optim.dtype]
 
     def run(self, folder: Path, emit: Emit) -> Trained:
         """Train from the newest checkpoint under `folder`, or from the start, to the end of the stream."""
@@ -95,16 +98,20 @@ class Loop:
 
     def _step(self, step: int) -> None:
         """One global batch: this rank's micro-batches, backward each, then the optimizer."""
-        batches = self._batches(step)
+        batches = self.batches.of(step)
         num_tokens, num_samples = self._global_counts(batches)
         seen = Tally(domains=self.tallies["window"].domains)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             batch.begin(self.trace)
             losses_N, rows_N = loss.token_losses(self.trained.forward, batch)
             total = losses_N.sum() / num_tokens
             for name, term in self.attached.losses(self.trace).items():
                 total = total + term * (len(batch.samples) / num_samples)
                 seen.add_term(name, float(term.detach()), len(batch.samples))
+            share = len(batch.samples) / num_samples
+            for name, part in self.past.losses(step, number, share, num_tokens).items():
+                total = total + part
+                seen.add_term(name, float(part.detach()) * num_samples, 1)
             self.trained.backward(total)
             self.trace.clear()
             sums, tokens = loss.by_domain(losses_N, rows_N, batch, seen.domains)
@@ -120,29 +127,6 @@ class Loop:
         self.tallies["total"].merge(seen)
         if step >= self.num_steps - max(1, self.num_steps // 10):
             self.tallies["tail"].merge(seen)
-
-    def _batches(self, step: int) -> list[Batch]:
-        """This rank's share of the step's samples, in micro-batches; ranks take turns sample by sample.
-
-        Every rank makes the same number of micro-batches; where the last step has too few samples, a rank
-        repeats one of them without labels, which changes no gradient.
-        """
-        size, micro = self.config.optim.global_batch, self.config.execution.micro_batch
-        slots = self.stream[step * size : (step + 1) * size]
-        world, rank = engine.world_size(), engine.rank()
-        longest = -(-len(slots) // world)
-        mine = [self._sample(slot) for slot in slots[rank::world]]
-        batches = [train_batch(mine[i : i + micro], self.llava) for i in range(0, len(mine), micro)]
-        missing = -(-longest // micro) - len(batches)
-        batches += [self._silent(slots[0]) for _ in range(missing)]
-        return [batch.to(engine.device(), self.dtype) for batch in batches]
-
-    def _sample(self, slot: Slot) -> Sample:
-        return self.pools[slot.domain].sample(slot.index)
-
-    def _silent(self, slot: Slot) -> Batch:
-        """A batch that takes part in every collective and adds nothing."""
-        return train_batch([self._sample(slot)], self.llava).silent()
 
     def _global_counts(self, batches: Sequence[Batch]) -> tuple[float, float]:
         """Supervised tokens and samples of the step over all ranks."""
