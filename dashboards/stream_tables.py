@@ -35,7 +35,7 @@ def scale_lines(stream: Stream) -> list[str]:
     lines = []
     for names, scale in groups:
         if names and scale is None:
-            known = {name: own for name in names if (own := stream.scales[name])}
+            known: dict[str, Scale] = {name: own for name in names if (own := stream.scales[name])}
             mixed = [name for name in names if stream.scales[name] is None]
             told = [no_mean(known)] if len(set(known.values())) > 1 else []
             lines += told + [f"no score of {name}: its domains' scales differ" for name in mixed]
@@ -82,9 +82,7 @@ def _main_table(found: StreamSummary) -> Table:
 
 
 def _order_table(found: StreamSummary) -> Table:
-    table = _table(
-        "How much the order matters (final, ± 95 % t-interval over seeds), and what else was measured"
-    )
+    table = _table("How much the order matters (final, ± 95 % t-interval over seeds), and two more metrics")
     table.add_column("arm")
     for name in ("mean", "spread over orders", "worst order", "its final"):
         table.add_column(name, justify="right")

@@ -15,6 +15,8 @@ from workloads.record import DomainScore, RunRecord, Scale
 # Task or domain -> score.
 Scores = Mapping[str, float | None]
 
+# Scale of a domain that no finished run was scored on.
+_UNKNOWN: Scale = "fraction"
 # Status of a trial -> how it is told of a stage.
 _WORDS = {"pending": "is still to run", "running": "is running"}
 
@@ -101,11 +103,11 @@ def stream_of(results: StudyResults) -> Stream | None:
     first = [trial for trial in staged if trial.order == staged[0].order]
     tasks = dict.fromkeys(trial.task for trial in sorted(first, key=lambda trial: trial.stage))
     parts |= {domain: (domain,) for domain in never}
-    known = {domain: score.scale for run in records for domain, score in run.scores.items()}
+    known: dict[str, Scale] = {d: score.scale for run in records for d, score in run.scores.items()}
     found = Stream(
         tasks=tuple(tasks),
         never=never,
-        scales={name: _shared(known.get(d, "fraction") for d in domains) for name, domains in parts.items()},
+        scales={name: _shared(known.get(d, _UNKNOWN) for d in domains) for name, domains in parts.items()},
         orders=tuple(dict.fromkeys(trial.order for trial in staged)),
         chains=(),
         bounds={role: _bound(results, role, parts) for role in BOUNDS if role in results.bounds},

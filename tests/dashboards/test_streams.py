@@ -11,6 +11,7 @@ from dashboards.load import has_stream, study_results
 from dashboards.stream_rows import COLUMNS, rectangle, summarise_stream
 from dashboards.streams import missing_lines, stream_of
 from dashboards.tables import stream_comparison, summary
+from orchestrator.commands.compare import compare
 from tests.dashboards.stream_study import MIXTURES, NEVER, ORDERS, TASKS, make_stream
 from tests.dashboards.test_tables import text_of
 from workloads.errors import UserError
@@ -235,3 +236,11 @@ def test_the_table_names_every_arm_bound_and_metric(folder):
     for column in COLUMNS.values():
         assert column.heading in text
     assert "3 × 3" in text
+
+
+def test_compare_prints_a_streams_tables_from_its_records(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    compare([folder.name], root=folder.parent)
+    text = capsys.readouterr().out
+    assert "Stream of 3 tasks" in text
+    assert "ewc" in text
