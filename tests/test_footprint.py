@@ -144,14 +144,14 @@ def saved(forward, parameters):
 @pytest.mark.parametrize(("adapter", "tolerance"), [("lora", 0.03), ("mole", 0.1)])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_autograd_keeps_what_the_formula_says(dtype, checkpointing, adapter, tolerance, tmp_path):
+def test_autograd_keeps_what_the_formula_says(dtype, checkpointing, adapter, tolerance):
     samples, length = 4, 96
     config = small(
         adapter, data={"max_length": length}, optim={"dtype": dtype},
         execution={"micro_batch": samples, "gradient_checkpointing": checkpointing},
     )  # fmt: skip
     llava = build(config.model, dtype)
-    _attached(config, llava, Trace(), tmp_path)
+    _attached(config, llava, Trace())
     llava.model.train()
     ids_BT = torch.randint(8, 40, (samples, length), generator=torch.Generator().manual_seed(0))
     ids_BT[:, 1:65] = llava.model.config.image_token_id
@@ -172,10 +172,10 @@ def test_autograd_keeps_what_the_formula_says(dtype, checkpointing, adapter, tol
     assert saved(forward, llava.model.parameters()) == pytest.approx(wanted, rel=tolerance)
 
 
-def test_the_frozen_tower_is_not_gone_back_through(tmp_path):
+def test_the_frozen_tower_is_not_gone_back_through():
     config = small("lora", execution={"gradient_checkpointing": True})
     llava = build(config.model, "fp32")
-    _attached(config, llava, Trace(), tmp_path)
+    _attached(config, llava, Trace())
     llava.model.train()
     said = []
     tower = llava.model.get_submodule("model.vision_tower")

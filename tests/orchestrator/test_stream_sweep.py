@@ -109,8 +109,11 @@ def test_equal_beginnings_run_once_and_the_sweep_says_what_that_saved(swept):
             before = row["fingerprint"]
             if row["status"] == "finished":
                 ran = load(store.run_folder(before)).config
-                # A shared run has the name of the first trial that it belongs to.
-                assert {**ran, "name": ""} == {**row["config"], "name": ""}
+                # A shared run has the name of the first trial that it belongs to, and a first stage no past.
+                own = row["config"]
+                assert {**ran, "name": "", "continual": {}} == {**own, "name": "", "continual": {}}
+                same = ran["continual"] if row["stage"] > 1 else {"task": row["task"]}
+                assert same.items() <= own["continual"].items()
     first = load(store.run_folder(staged[0]["fingerprint"]))
     assert "10 stages of all trials are 7 runs" in out
     assert f"saved 3 runs, {3 * first.num_samples} samples and {3 * first.cost.seconds:.0f} s" in out
