@@ -76,7 +76,9 @@ class Pool:
         self.image_token: int = config.image_token_id
         # Where images are in the sequence; None when the model was given embeddings.
         self.image_BT: Tensor | None = None
+        # What entered the projector last, and whether the language model has been entered since.
         self._patches_NPV: Tensor | None = None
+        self._used = False
         self._tokens_BT: Tensor | None = None
         model.register_forward_pre_hook(self._find_images, with_kwargs=True)
         model.get_submodule("model.multi_modal_projector").register_forward_pre_hook(self._see_patches)
@@ -89,12 +91,14 @@ class Pool:
         if self.image_BT is not None and mask is not None:
             # An image in the padding belongs to nobody: it is there where no sample has one.
             self.image_BT = self.image_BT & mask[:, -self.image_BT.shape[1] :].bool()
-        self._patches_NPV = None
+        if self._used:  # `generate` encodes the images before it enters the model
+            self._patches_NPV = None
 
     def _see_patches(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._patches_NPV = args[0].detach()
+        self._patches_NPV, self._used = args[0].detach(), False
 
     def _choose(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._used = True
         # The trace is up to date here: its own hook runs when the whole model is entered.
         if self.trace.phase != "decode":
             self._tokens_BT = pooled_tokens(prompt_mask(self.trace), self.image_BT, self.pool)
