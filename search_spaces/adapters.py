@@ -16,6 +16,7 @@ _TASKS = ["general", "document", "biomedical"]
 ARMS: dict[str, dict[str, Any]] = {
     "branch_lora": {},
     "dual_lora": {},
+    "hide_lora": {"tasks": _TASKS},
     "hydra_lora": {},
     "icm_lora": {},
     "lora": {},
@@ -35,6 +36,10 @@ ARMS: dict[str, dict[str, Any]] = {
 SPACES: dict[str, Space] = {
     "branch_lora": {"adapter.rank_total": {"choice": [16, 32, 64]}, "adapter.top_k": {"choice": [1, 2, 4]}},
     "dual_lora": {"adapter.rank": {"choice": [2, 4, 8, 16]}},
+    "hide_lora": {
+        "adapter.rank_per_expert": {"choice": [2, 4, 8]},
+        "adapter.temperature": {"choice": [0.05, 0.1]},
+    },
     "hydra_lora": {
         "adapter.num_experts": {"choice": [2, 3, 4]},
         "adapter.rank_per_expert": {"choice": [2, 4, 8]},
