@@ -1,0 +1,135 @@
+"""DISCO's slots: one LoRA a task, at inference weighted by how close a sample's text is to each task's mean.
+
+Source:  Guo et al. 2025, DISCO, arXiv:2503.12897 (ICCV 2025), and its released code (Ghy0501/FCIT; MCITlib has the
+         form without clients):
+         training     y = W x + s B_t A_t x, whatever was learned before
+         inference    y = W x + s B diag(w_1 I, ..., w_K I) A x, where A and B stack all slots, w = softmax(c / T),
+                      T = 0.05, and c_i is the cosine of the sample's text vector with the mean one of task i
+Routing: by sample, the same weights in every linear; decided on the prompt and kept while decoding.
+Tasks:   a task's start gives it its slot and its mean. A run without tasks in order is plain LoRA in the first slot.
+Differs: there are no clients, so nothing of its federated part (which client's LoRA joins which slot) is here.
+         `parts/means.py` says what stands for CLIP's vectors. The softmax is over the tasks seen so far.
+Not verified: the paper's equations; the released code is what is followed.
+
+Shape letters: B batch, T tokens, K tasks, R rank of one slot, I inputs, O outputs.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Route, Trace, count, freeze
+from workloads.adapters.parts import slots
+from workloads.adapters.parts.means import TaskMeans
+from workloads.adapters.parts.placing import Spot, check_lora, place
+from workloads.adapters.parts.tasks import check_tasks
+from workloads.config import AdapterConfig
+from workloads.errors import require
+from workloads.llava import sentence
+
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(AdapterConfig):
+    """DISCO's settings; every slot is scaled by alpha / rank_per_expert."""
+
+    name: str = "disco"
+    # Names of the tasks in the order in which they are learned, one slot each.
+    tasks: list[str] = field(default_factory=list)
+    # Rank of one slot.
+    rank_per_expert: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    # Of the softmax over tasks.
+    temperature: float = 0.05
+    # Last path components of the adapted linears.
+    targets: list[str] = field(default_factory=lambda: [*ATTENTION, *MLP])
+    # Folder of the sentence encoder; empty: the packaged all-MiniLM-L6-v2.
+    encoder: str = ""
+
+    def layout_matters(self) -> bool:
+        """Dropout masks depend on how a global batch is cut."""
+        return self.dropout > 0
+
+    def training_only(self) -> set[str]:
+        """Fields that steer training and leave what given weights compute as it is."""
+        return {"dropout"}
+
+    def identity(self) -> dict[str, str]:
+        """The content of the sentence encoder."""
+        return {"encoder": sentence.content_hash(sentence.find(self.encoder, "adapter.encoder"))}
+
+    def check(self) -> None:
+        """Raise `UserError` on values out of range."""
+        check_tasks(self.tasks)
+        rank = self.rank_per_expert
+        require(rank >= 1, "adapter.rank_per_expert", rank, "a whole number of 1 or more")
+        require(self.temperature > 0, "adapter.temperature", self.temperature, "a number above 0")
+        check_lora(self.alpha, self.dropout, self.targets)
+
+
+class WeightedSlots(nn.Module):
+    """A frozen linear plus (alpha / R) sum_i w_i B_i A_i dropout(x), in training the current task's alone."""
+
+    def __init__(self, base: nn.Linear, config: Config, means: TaskMeans, spot: Spot) -> None:
+        super().__init__()
+        self.config, self.spot = config, spot
+        # Seen from every linear, part of the model in one place.
+        self.seen = (means,)
+        self.base_layer = base
+        slots.add_slots(self, base, len(config.tasks), config.rank_per_expert)
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        (means,) = self.seen
+        weights_BK = means.weights(self.config.temperature)
+        if self.spot.leads:
+            probs_BTE = weights_BK.unsqueeze(1).expand(-1, x_BTI.shape[1], -1)
+            means.trace.routes.append(
+                Route(layer=self.spot.layer, probs_BTE=probs_BTE, choice_BT=probs_BTE.argmax(dim=-1))
+            )
+        dropped_BTI = F.dropout(x_BTI, self.config.dropout, self.training) if self.config.dropout else x_BTI
+        known = [means.current] if self.training else means.known
+        A_SI, B_OS = slots.stacked(self, known)
+        scale = self.config.alpha / self.config.rank_per_expert
+        inner_BTKR = F.linear(dropped_BTI, A_SI).unflatten(-1, (len(known), -1))
+        weighted_BTKR = inner_BTKR * (weights_BK[:, known] * scale).to(x_BTI.dtype)[:, None, :, None]
+        return self.base_layer(x_BTI) + F.linear(weighted_BTKR.flatten(-2), B_OS)
+
+
+def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
+    """Freeze `model` and put one LoRA slot per task on its target linears; the first slot trains."""
+    freeze(model)
+    inner: Any = model
+    encoder = sentence.load(config.encoder, "adapter.encoder")
+    means = TaskMeans(config.tasks, trace, encoder, inner.model.multi_modal_projector.linear_1.weight.device)
+    placed = place(model, config.targets, lambda base, spot: WeightedSlots(base, config, means, spot))
+    inner.disco_means = means.train(model.training)  # inference goes by this
+    means.watch(inner.model.language_model)
+    num_weights = count(model.parameters())
+
+    def on_task_start(task: str) -> None:
+        mine = means.start(task)
+        for linear in placed.values():
+            slots.train_slot(linear, len(config.tasks), mine)
+
+    def losses(trace: Trace) -> dict[str, Tensor]:
+        """No terms; notes on the way what the task's questions look like."""
+        means.note()
+        return {}
+
+    own = {name for path, linear in placed.items() for name in slots.names(linear, path)}
+    return Attached(
+        capabilities=Capabilities(stateful=True, routing="sample"),
+        num_weights=num_weights,
+        num_active=num_weights,
+        losses=losses,
+        state=frozenset(own | {f"disco_means.{name}" for name in means.state_dict()}),
+        on_task_start=on_task_start,
+        selected=means.selected,
+        after_step=means.after_step,
+        as_lora="disco weighs its LoRAs anew for every sample",
+        exported={"sentence_encoder": encoder.described()},
+    )
