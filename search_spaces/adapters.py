@@ -29,6 +29,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "more": {"tasks": _TASKS},
     "mtl_lora": {"tasks": _TASKS},
     "o_lora": {"tasks": _TASKS},
+    "sefe": {"tasks": _TASKS},
     "smolora": {},
     "smora": {},
 }
@@ -74,6 +75,10 @@ SPACES: dict[str, Space] = {
     "o_lora": {
         "adapter.rank_per_expert": {"choice": [2, 4, 8]},
         "adapter.orthogonality_weight": {"choice": [0.1, 0.5]},
+    },
+    "sefe": {
+        "adapter.rank_per_expert": {"choice": [2, 4, 8]},
+        "adapter.marked_weight": {"choice": [250.0, 2500.0]},
     },
     "smolora": {"adapter.rank_total": {"choice": [16, 32, 64]}},
     "smora": {"adapter.rank_total": {"choice": [16, 32, 64]}, "adapter.top_k": {"choice": [4, 8, 16]}},

@@ -260,6 +260,7 @@ OTHERWISE = {
     "freeze_A_after_task": True,
     "freeze_branches": False,
     "gate_weight": 3.0,
+    "marked_weight": 3.0,
     "min_tunable": 1,
     "orthogonality_weight": 3.0,
     "train_loras": False,
