@@ -15,6 +15,7 @@ _TASKS = ["general", "document", "biomedical"]
 # Method -> settings on top of the defaults of its Config in workloads/adapters/NAME.py.
 ARMS: dict[str, dict[str, Any]] = {
     "branch_lora": {},
+    "cl_moe": {"tasks": _TASKS},
     "disco": {"tasks": _TASKS},
     "dual_lora": {},
     "hide_lora": {"tasks": _TASKS},
@@ -37,6 +38,7 @@ ARMS: dict[str, dict[str, Any]] = {
 # Method -> what a search with `method_space: true` searches beside its own space.
 SPACES: dict[str, Space] = {
     "branch_lora": {"adapter.rank_total": {"choice": [16, 32, 64]}, "adapter.top_k": {"choice": [1, 2, 4]}},
+    "cl_moe": {"adapter.num_experts": {"choice": [2, 4, 8]}, "adapter.momentum": {"choice": [0.5, 0.7, 0.9]}},
     "disco": {
         "adapter.rank_per_expert": {"choice": [2, 4, 8]},
         "adapter.temperature": {"choice": [0.05, 0.1]},

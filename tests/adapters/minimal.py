@@ -37,6 +37,7 @@ VARIANTS = {
 # What needs files: "method" or "method-variant" -> settings made in a folder for a model.
 FILES = {
     "branch_lora-task_routers": lambda folder, model: {"encoder": encoder(folder)},
+    "cl_moe": lambda folder, model: {"encoder": encoder(folder)},
     "disco": lambda folder, model: {"encoder": encoder(folder)},
     "hide_lora": lambda folder, model: {"encoder": encoder(folder)},
     "icm_lora": lambda folder, model: {"generator": generator(folder, model), "task": TASKS[0]},
