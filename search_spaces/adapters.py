@@ -25,6 +25,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "meteora": {"tasks": _TASKS},
     "mix_lora": {},
     "moa": {"tasks": _TASKS},
+    "modal_prompt": {"tasks": _TASKS},
     "moe_lora": {},
     "mole": {},
     "more": {"tasks": _TASKS},
@@ -61,6 +62,7 @@ SPACES: dict[str, Space] = {
         "adapter.rank_per_expert": {"choice": [2, 4, 8]},
         "adapter.domain_weight": {"choice": [0.1, 1.0]},
     },
+    "modal_prompt": {"adapter.prompt_length": {"choice": [5, 10]}, "adapter.top_k": {"choice": [1, 2, 3]}},
     "moe_lora": {
         "adapter.num_experts": {"choice": [2, 4, 8]},
         "adapter.rank_total": {"choice": [8, 16, 32]},

@@ -43,6 +43,7 @@ FILES = {
     "icm_lora": lambda folder, model: {"generator": generator(folder, model), "task": TASKS[0]},
     "meteora": lambda folder, model: {"folders": two_loras(folder, model)},
     "moa-frozen": lambda folder, model: {"folders": two_loras(folder, model)},
+    "modal_prompt": lambda folder, model: {"encoder": encoder(folder)},
     "smolora": lambda folder, model: {"encoder": encoder(folder)},
 }
 # Methods that do not start at the base, and why.
@@ -50,6 +51,7 @@ NOT_AT_BASE = {
     "icm_lora": "its weights are generated, not trained from 0",
     "meteora": "its LoRAs are ready-made",
     "moa-frozen": "its LoRAs are ready-made",
+    "modal_prompt": "its prompts are read from the first step on",
 }
 
 

@@ -263,6 +263,7 @@ OTHERWISE = {
     "marked_weight": 3.0,
     "min_tunable": 1,
     "orthogonality_weight": 3.0,
+    "prototype_weight": 3.0,
     "train_loras": False,
     "train_with_past": False,
 }

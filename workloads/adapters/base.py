@@ -47,6 +47,8 @@ class Trace:
     counted: bool = True
     phase: Literal["full", "prefill", "decode"] = "full"
     past_length: int = 0
+    # Positions that the method puts in front of every sample; they are in the cache, and in nothing else told here.
+    prefix_length: int = 0
     routes: list[Route] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -72,7 +74,7 @@ class Trace:
         if tokens is None:
             tokens = kwargs["inputs_embeds"]
         cache = kwargs.get("past_key_values")
-        self.past_length = 0 if cache is None else int(cache.get_seq_length())
+        self.past_length = 0 if cache is None else max(0, int(cache.get_seq_length()) - self.prefix_length)
         mask = kwargs.get("attention_mask")
         length = tokens.shape[1]
         ones = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
