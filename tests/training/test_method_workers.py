@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from tests.adapters.minimal import TASKS, cases, make_config, sorting_pays
+from tests.adapters.minimal import TASKS, cases, draw, make_config, sorting_pays
 from tests.training.runs import two_processes
 from workloads import adapters
 from workloads.adapters.base import Trace
@@ -107,13 +107,20 @@ def trained(config: RunConfig, pools):
     torch.manual_seed(0)
     attached = adapters.attach(llava.model, config.adapter, trace)
     trace.watch(llava.model)
-    train_projector(llava.model)
+    # The second task of a stream: what the first one left behind takes part.
     attached.on_task_start(TASKS[0])
+    draw(
+        llava.model, {name for name, w in llava.model.named_parameters() if w.requires_grad}, seed=0, std=0.1
+    )
+    attached.on_task_end(TASKS[0])
+    attached.on_task_start(TASKS[1])
+    train_projector(llava.model)
     torch.manual_seed(engine.rank())
     mine = engine.Engine(llava.model, config.optim, config.execution, projector_weights(llava.model))
     reports = []
     try:
         Loop(config, llava, attached, trace, mine, pools, SLOTS).run(Path("nowhere"), reports.append)
+        attached.on_task_end(TASKS[1])
         weights = checkpoint.weights_of(llava.model, attached)
     finally:
         mine.close()
