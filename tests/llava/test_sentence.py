@@ -46,7 +46,7 @@ def test_padding_and_neighbours_do_not_change_a_vector(folder):
     together = sentence.load(folder, "encoder").vectors(TEXTS)
     encoder = sentence.load(folder, "encoder")
     alone = torch.cat([encoder.vectors([text]) for text in TEXTS])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+    assert torch.equal(together, alone)
 
 
 def test_a_text_is_encoded_once(folder):
@@ -57,7 +57,7 @@ def test_a_text_is_encoded_once(folder):
     )
     first = encoder.vectors([TEXTS[0], TEXTS[1], TEXTS[0]])
     again = encoder.vectors([TEXTS[1], TEXTS[0]])
-    assert rows == [2]
+    assert rows == [1, 1]
     assert torch.equal(first[0], first[2])
     assert torch.equal(again[1], first[0])
 

@@ -89,9 +89,9 @@ class SentenceEncoder:
         """Vectors (B, S) of length 1 in fp32 on the CPU; a text is encoded once."""
         if len(self._seen) > _MAX_CACHED:
             self._seen.clear()
-        new = sorted({text for text in texts if text not in self._seen})
-        if new:
-            self._seen.update(zip(new, self._encode(new), strict=True))
+        for text in texts:
+            if text not in self._seen:
+                self._seen[text] = self._encode(text)
         return torch.stack([self._seen[text] for text in texts])
 
     def described(self) -> dict[str, str | int]:
@@ -99,14 +99,11 @@ class SentenceEncoder:
         return {"hash": self.hash, "width": self.width}
 
     @torch.no_grad()
-    def _encode(self, texts: list[str]) -> Tensor:
-        inputs = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
-        )
-        hidden_BTS = self.model(**inputs).last_hidden_state
-        mask_BT1 = inputs["attention_mask"].unsqueeze(-1).to(hidden_BTS.dtype)
-        mean_BS = (hidden_BTS * mask_BT1).sum(dim=1) / mask_BT1.sum(dim=1)
-        return F.normalize(mean_BS, dim=-1)
+    def _encode(self, text: str) -> Tensor:
+        """The vector (S) of a text, encoded alone: padding would move last bits with the texts beside it."""
+        inputs = self.tokenizer([text], truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        hidden_1TS = self.model(**inputs).last_hidden_state
+        return F.normalize(hidden_1TS[0].mean(dim=0), dim=-1)
 
 
 def load(path: str, key: str) -> SentenceEncoder:
