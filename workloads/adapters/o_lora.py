@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze, kaiming_A
+from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze
+from workloads.adapters.parts import slots
 from workloads.adapters.parts.placing import check_lora, place
 from workloads.adapters.parts.tasks import check_tasks, task_index
 from workloads.config import AdapterConfig
@@ -64,52 +65,31 @@ class Slots(nn.Module):
 
     def __init__(self, base: nn.Linear, config: Config) -> None:
         super().__init__()
-        like = base.weight
         self.num_slots = len(config.tasks)
         self.with_past = config.train_with_past
         self.penalised = config.orthogonality_weight > 0
-        for slot in range(self.num_slots):
-            A_RI = kaiming_A(config.rank_per_expert, base.in_features, like=like)
-            zeros_OR = torch.zeros(
-                base.out_features, config.rank_per_expert, dtype=like.dtype, device=like.device
-            )
-            self.register_parameter(f"slot{slot}_A", A_RI)
-            self.register_parameter(f"slot{slot}_B", nn.Parameter(zeros_OR))
+        slots.add_slots(self, base, self.num_slots, config.rank_per_expert)
         self.current = 0
-        self.start(0)
 
     def start(self, current: int) -> None:
         """Train the slot `current` and no other."""
         self.current = current
-        for slot in range(self.num_slots):
-            for factor in (self.A(slot), self.B(slot)):
-                factor.requires_grad_(slot == current)
-
-    def A(self, slot: int) -> nn.Parameter:
-        """A (R, I) of one slot."""
-        return self.get_parameter(f"slot{slot}_A")
-
-    def B(self, slot: int) -> nn.Parameter:
-        """B (O, R) of one slot."""
-        return self.get_parameter(f"slot{slot}_B")
-
-    def stacked(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A (slots * R, I) and B (O, slots * R): the sum of slots is one LoRA of their ranks' sum."""
-        return torch.cat([self.A(slot) for slot in slots]), torch.cat([self.B(slot) for slot in slots], dim=1)
+        slots.train_slot(self, self.num_slots, current)
 
     def forward(self, x_BTI: Tensor) -> tuple[Tensor, Tensor | None]:
         """The unscaled update (B, T, O), and in training sum_i sum |A_t A_i^T| over past slots where there are any."""
         past = range(self.current)
-        slots = range(self.num_slots)
+        used: Sequence[int] = range(self.num_slots)
         if self.training:
-            slots = [*past, self.current] if self.with_past else [self.current]
-        A_SI, B_OS = self.stacked(slots)
+            used = [*past, self.current] if self.with_past else [self.current]
+        A_SI, B_OS = slots.stacked(self, used)
         update_BTO = F.linear(F.linear(x_BTI, A_SI), B_OS)
         if not (past and self.penalised and torch.is_grad_enabled()):
             return update_BTO, None
         dtype = torch.promote_types(A_SI.dtype, torch.float32)
-        past_SI = torch.cat([self.A(slot) for slot in past]).to(dtype)
-        return update_BTO, F.linear(self.A(self.current).to(dtype), past_SI).abs().sum()
+        past_SI = torch.cat(slots.all_A(self, past)).to(dtype)
+        (own_RI,) = slots.all_A(self, [self.current])
+        return update_BTO, F.linear(own_RI.to(dtype), past_SI).abs().sum()
 
 
 class SlotLinear(nn.Module):
@@ -145,13 +125,13 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     freeze(model)
     placed = place(model, config.targets, lambda linear, spot: SlotLinear(linear, config))
     num_weights = count(model.parameters())
-    names = {f"{path}.slots.{name}" for path, m in placed.items() for name, _ in m.slots.named_parameters()}
+    names = {name for path, m in placed.items() for name in slots.names(m.slots, f"{path}.slots")}
 
     def as_lora(task: str | None) -> Mapping[str, tuple[Tensor, Tensor, float]]:
         """All slots at once, whatever the task."""
         with torch.no_grad():
             return {
-                path: (*linear.slots.stacked(range(linear.slots.num_slots)), linear.scale)
+                path: (*slots.stacked(linear.slots, range(linear.slots.num_slots)), linear.scale)
                 for path, linear in placed.items()
             }
 
