@@ -14,7 +14,7 @@ from dashboards.streams import Chain, Stream, missing_lines, stream_of
 from dashboards.units import UNITS
 from dashboards.views import arm_colours
 from workloads.evaluation.statistics import Interval, over_seeds
-from workloads.record import TOP, RunRecord, Scale
+from workloads.record import TOP, Scale
 
 _COLOURS = 6
 
@@ -245,14 +245,14 @@ def _spots(summary: StreamSummary, colours: dict[str, str]) -> list[Spot]:
 
 
 def _selector(stream: Stream, arm: str) -> SelectorView | None:
-    """Records without these fields are of methods that select no task."""
+    """What the method's selector found after the last stage; None for a method that selects no task."""
     chains = _chosen(stream, arm)
-    last = [run for chain in chains if (run := chain.runs[-1]) and _selected(run)]
+    last = [run for chain in chains if (run := chain.runs[-1]) and run.selected]
     if not last:
         return None
     counts: dict[str, dict[str, int]] = {}
     for run in last:
-        for task, found in _selected(run).items():
+        for task, found in run.selected.items():
             mine = counts.setdefault(task, {})
             for name, number in found.items():
                 mine[name] = mine.get(name, 0) + number
@@ -263,10 +263,6 @@ def _selector(stream: Stream, arm: str) -> SelectorView | None:
         total = max(sum(counts[task].values()), 1)
         numbers = [counts[task].get(name, 0) for name in columns]
         rows[task] = tuple((number, round(100 * number / total)) for number in numbers)
-    shares = [share for run in last if (share := getattr(run, "selector_accuracy", None)) is not None]
+    shares = [run.selector_accuracy for run in last if run.selector_accuracy is not None]
     accuracy = over_seeds(np.array(shares)) if shares else None
     return SelectorView(arm=arm, order=chains[0].order, accuracy=accuracy, found=tuple(columns), rows=rows)
-
-
-def _selected(run: RunRecord) -> dict[str, dict[str, int]]:
-    return getattr(run, "selected", None) or {}

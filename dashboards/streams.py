@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dashboards.results import BOUNDS, StudyResults, TrialState
-from dashboards.units import common
 from workloads.errors import UserError
 from workloads.evaluation.continual import Cells, Matrix
-from workloads.record import DomainScore, RunRecord, Scale
+from workloads.record import RunRecord, Scale, mean_over
 
 # Task or domain -> score.
 Scores = Mapping[str, float | None]
@@ -143,8 +142,8 @@ def _chain(
     trials = sorted(trials, key=lambda trial: trial.stage)
     tasks = tuple(trial.task for trial in trials)
     runs = tuple(records.get(trial.fingerprint) for trial in trials)
-    rows = tuple(run and tuple(_cell(run.scores, parts[task]) for task in tasks) for run in runs)
-    never = tuple(run and tuple(_cell(run.scores, [domain]) for domain in stream.never) for run in runs)
+    rows = tuple(run and tuple(mean_over(run.scores, parts[task]) for task in tasks) for run in runs)
+    never = tuple(run and tuple(mean_over(run.scores, [domain]) for domain in stream.never) for run in runs)
     head = Chain(
         arm=trials[0].arm,
         order=trials[0].order,
@@ -196,18 +195,10 @@ def _bound(
         if run is None or trial.arm.split("@")[0] != results.bounds[role] or trial.order:
             continue
         names = [trial.task] if trial.stage else list(parts)
-        own = {name: _cell(run.scores, parts[name]) for name in names}
+        own = {name: mean_over(run.scores, parts[name]) for name in names}
         seeds = found.setdefault(trial.arm, {})
         seeds[trial.seed] = {**seeds.get(trial.seed, {}), **own}
     return found
-
-
-def _cell(scores: Mapping[str, DomainScore], domains: Sequence[str]) -> float | None:
-    """The mean score over `domains`; None where one was not scored, or their scales differ."""
-    own = {domain: scores[domain] for domain in domains if domain in scores}
-    if len(own) < len(domains) or common({domain: score.scale for domain, score in own.items()}) is None:
-        return None
-    return sum(score.score for score in own.values()) / len(own)
 
 
 def _shared(scales: Iterable[Scale | None]) -> Scale | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from orchestrator import stages
 from orchestrator.stages import Chain, Row, Scores
 from workloads.evaluation.continual import aggregates
-from workloads.record import load, read_events
+from workloads.record import load, mean_score, read_events
 
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracker
@@ -118,7 +118,7 @@ def _log_matrix(tracker: "Tracker", chain: Chain, run: str, before: str) -> None
 def _comparable(chain: Chain, scores: Scores) -> bool:
     """Whether the scores of all tasks of the stream lie on one scale."""
     tasks = {domain for row in chain.rows for domain in stages.trained_on(row)}
-    return stages.one_scale({domain: score for domain, score in scores.items() if domain in tasks})
+    return mean_score({domain: score for domain, score in scores.items() if domain in tasks}) is not None
 
 
 def _last_time(folder: Path) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from orchestrator.store import Store
 from workloads.evaluation.continual import Cells, Matrix
-from workloads.record import DomainScore, load
+from workloads.record import DomainScore, load, mean_over, mean_score
 
 Row = Mapping[str, Any]
 Scores = Mapping[str, DomainScore]
@@ -92,17 +92,17 @@ def matrix(chain: Chain, scores: Sequence[Scores], before: Scores | None) -> Mat
     where their scales differ from each other.
     """
     parts = [trained_on(row) for row in chain.rows]
-    lines = [tuple(_cell(found, part) for part in parts) for found in scores]
+    lines = [tuple(mean_over(found, part) for part in parts) for found in scores]
     if any(None in line[: t + 1] for t, line in enumerate(lines)):
         return None
     seen = {domain for part in parts for domain in part}
     others = {domain: score for domain, score in scores[0].items() if domain not in seen}
-    never = others if one_scale(others) else {}
+    never = others if others and mean_score(others) is not None else {}
     return Matrix(
         tasks=tuple(str(row["task"]) for row in chain.rows),
         rows=tuple(lines),
-        before=None if before is None else tuple(_cell(before, part) for part in parts),
-        never_trained={domain: tuple(_cell(found, [domain]) for found in scores) for domain in never},
+        before=None if before is None else tuple(mean_over(before, part) for part in parts),
+        never_trained={domain: tuple(mean_over(found, [domain]) for found in scores) for domain in never},
     )
 
 
@@ -111,21 +111,8 @@ def trained_on(row: Row) -> list[str]:
     return [domain for domain, weight in row["config"]["data"]["mixture"].items() if weight > 0]
 
 
-def one_scale(scores: Scores) -> bool:
-    """Whether all domains' scores may be averaged."""
-    return len({getattr(score, "scale", "fraction") for score in scores.values()}) <= 1
-
-
 def as_tree(found: Matrix) -> dict[str, Any]:
     """The matrix in the form that `orchestrator metrics` reads."""
     before: Cells | None = found.before
     known = {} if before is None else {"before": list(before)}
     return {"tasks": list(found.tasks), "matrix": [list(row) for row in found.rows], **known}
-
-
-def _cell(scores: Scores, domains: Sequence[str]) -> float | None:
-    """The mean score over `domains`; `None` where one was not scored, or their scales differ."""
-    own = {domain: scores[domain] for domain in domains if domain in scores}
-    if len(own) < len(domains) or not one_scale(own):
-        return None
-    return sum(score.score for score in own.values()) / len(own)

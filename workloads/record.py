@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -136,6 +136,11 @@ def mean_score(scores: Mapping[str, DomainScore]) -> float | None:
     if len({score.scale for score in scores.values()}) > 1:
         return None
     return sum(score.score for score in scores.values()) / len(scores)
+
+
+def mean_over(scores: Mapping[str, DomainScore], domains: Sequence[str]) -> float | None:
+    """Mean over `domains`; None where one of them was not scored, or their scales differ."""
+    return mean_score({d: scores[d] for d in domains}) if all(d in scores for d in domains) else None
 
 
 def no_mean(scales: Mapping[str, Scale]) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -163,9 +162,8 @@ def test_what_a_selector_found_is_counted_over_seeds_after_the_last_stage(folder
     def with_selector(chain):
         if chain.arm != "ewc":
             return chain
-        last = SimpleNamespace(
-            selected=found[chain.seed], selector_accuracy=(16 - chain.seed) / 20, config={}
-        )
+        accuracy = (16 - chain.seed) / 20
+        last = dataclasses.replace(chain.runs[-1], selected=found[chain.seed], selector_accuracy=accuracy)
         return dataclasses.replace(chain, runs=(*chain.runs[:-1], last))
 
     chains = tuple(map(with_selector, stream.chains))
