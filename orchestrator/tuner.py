@@ -9,6 +9,7 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial as TuneTrial
 
+from orchestrator.plan import samples
 from orchestrator.progress import Progress
 from orchestrator.schedulers import generator, sampled, scheduler
 from orchestrator.store import ERROR, Ledger, Store
@@ -17,6 +18,7 @@ from orchestrator.sweep import SCRATCH
 from orchestrator.trial import FAILED, READY, WAITING, Place, resolve, run_trial, spec_of
 from orchestrator.trials import Trial, arm_tree, row, space_of
 from orchestrator.worker import DRIVER_CPU
+from workloads.errors import require
 
 # A trial that could not say what went wrong: its process is gone.
 _DIED = (
@@ -57,7 +59,7 @@ def run_search(study: Study, store: Store, watcher: "Watcher", slots: int) -> No
         place = Place(root=str(store.root), study=study.name, spread=study.resources.spread, metric=metric)
         config = tune.TuneConfig(
             search_alg=generator(slots),
-            scheduler=scheduler(search, _num_steps(first)),
+            scheduler=scheduler(search, 0 if search.scheduler == "none" else _num_steps(first)),
             num_samples=search.trials_per_arm,
             reuse_actors=True,
             trial_dirname_creator=_dirname,
@@ -82,8 +84,12 @@ def _fit(
 
 
 def _num_steps(trial: Trial) -> int:
-    data, optim = trial.config.data, trial.config.optim
-    return max(1, round(sum(data.mixture.values()) * data.samples) // optim.global_batch)
+    """Optimizer steps of a run; raises `UserError` on a budget in tokens, whose steps nobody knows before."""
+    tokens = trial.config.data.tokens
+    require(
+        tokens == 0, "data.tokens", tokens, "asha compares runs at equal steps; give data.samples instead"
+    )
+    return max(1, samples(trial.config) // trial.config.optim.global_batch)
 
 
 def _dirname(trial: TuneTrial) -> str:
