@@ -14,7 +14,6 @@ from workloads.evaluation import continual
 from workloads.evaluation.continual import (
     Matrix,
     aggregates,
-    aggregates_over_seeds,
     forgetting_by_stage,
     intransigence,
     order_sensitivity,
@@ -153,7 +152,6 @@ def test_inputs_are_never_changed(matrix):
     aggregates(matrix)
     forgetting_by_stage(matrix)
     intransigence(matrix, bound_T)
-    aggregates_over_seeds([matrix, matrix])
     order_sensitivity({"one": [matrix], "other": [matrix]})
     assert matrix == before
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -223,36 +221,6 @@ def t_interval(values):
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, stats.t.ppf(0.975, len(values) - 1) * math.sqrt(variance / len(values))
-
-
-@given(st.lists(matrices(num_tasks=st.just(3)), min_size=2, max_size=5))
-@settings(max_examples=60, deadline=None)
-def test_intervals_over_seeds_are_t_intervals_of_each_aggregate(seeds):
-    found = aggregates_over_seeds(seeds)
-    by_seed = [reference(matrix) for matrix in seeds]
-    for name in by_seed[0]:
-        values = [row[name] for row in by_seed]
-        if None in values:
-            assert found[name] is None
-            continue
-        mean, half = t_interval(values)
-        assert found[name].mean == pytest.approx(mean, rel=1e-9, abs=1e-9)
-        assert found[name].half_width == pytest.approx(half, rel=1e-6, abs=1e-6)
-        assert (found[name].num_seeds, found[name].num_items) == (len(seeds), 0)
-
-
-def test_one_seed_has_an_infinite_interval():
-    found = aggregates_over_seeds([matrix_of([[1.0], [0.5, 1.0]])])
-    assert found["final"].mean == pytest.approx(0.75)
-    assert found["final"].half_width == math.inf
-
-
-def test_seeds_of_other_tasks_are_refused():
-    one = matrix_of([[1.0], [0.5, 1.0]])
-    with pytest.raises(ValueError, match="need one order of tasks.*task 1.*task 0"):
-        aggregates_over_seeds([one, dataclasses.replace(one, tasks=("task 1", "task 0"))])
-    with pytest.raises(ValueError, match="need one order of tasks"):
-        aggregates_over_seeds([])
 
 
 def test_order_sensitivity_is_the_spread_of_final_scores_over_orders():

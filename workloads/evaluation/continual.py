@@ -151,18 +151,6 @@ def aggregates(matrix: Matrix) -> dict[str, float | None]:
     return {name: function(matrix) for name, function in AGGREGATES.items()}
 
 
-def aggregates_over_seeds(matrices: Sequence[Matrix]) -> dict[str, Interval | None]:
-    """Every aggregate with its t-interval over seeds, one matrix a seed; `None` where any seed has none.
-
-    Raises `ValueError` without a matrix, and when the seeds differ in their tasks or the tasks' order.
-    """
-    orders = {matrix.tasks for matrix in matrices}
-    if len(orders) != 1:
-        raise ValueError(f"seeds: need one order of tasks, got {sorted(orders)}")
-    by_seed = [aggregates(matrix) for matrix in matrices]
-    return {name: _interval([values[name] for values in by_seed]) for name in AGGREGATES}
-
-
 def intransigence(matrix: Matrix, bound_T: FloatArray) -> float | None:
     """What training in a sequence costs each task at its own stage, against training on it alone; mean.
 
@@ -207,8 +195,3 @@ def _mean(cells: Iterable[float | None]) -> float | None:
     values = list(cells)
     present = [value for value in values if value is not None]
     return float(np.mean(present)) if present and len(present) == len(values) else None
-
-
-def _interval(values: Sequence[float | None]) -> Interval | None:
-    present = [value for value in values if value is not None]
-    return over_seeds(np.array(present)) if len(present) == len(values) else None
