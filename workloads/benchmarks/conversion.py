@@ -1,6 +1,6 @@
 """Benchmark of conversion: a LLaVA JSON of many records to memory-mapped Arrow; seconds, and the peak of memory.
 
-    python -m workloads.data.bench --records 1000000
+    python -m workloads.benchmarks.conversion --records 1000000
 
 Prints one JSON object. Records have one turn of about 80 words and a picture's path; no picture is read.
 """
