@@ -314,6 +314,29 @@ def test_parts_that_do_not_fit_are_told(change, expected, whole, tmp_path):
         build(from_tree({**tree, "model": {**whole[0], **change}}).model, "fp32")
 
 
+@pytest.mark.parametrize(
+    "tree",
+    [
+        None,
+        {"image_processor_type": "OwlImageProcessor"},
+        {**checkpoints.IMAGES, "auto_map": {"AutoImageProcessor": "owl.Owl"}, "image_processor_type": "Owl"},
+    ],
+)
+def test_a_tower_without_an_image_processor_is_told_before_weights_are_written(
+    tree, whole, tmp_path, monkeypatch
+):
+    path = tmp_path / "parts" / "tower" / "preprocessor_config.json"
+    path.unlink()
+    if tree:
+        checkpoints.write_json(path, tree)
+    monkeypatch.setattr("workloads.llava.parts._save", None)
+    tower = whole[0]["vision_tower"]
+    with pytest.raises(UserError) as error:
+        folder_of(ModelConfig(**whole[0]))
+    assert str(error.value).startswith(f"model.vision_tower: {tower} has no usable image processor: ")
+    assert "\n" not in str(error.value)
+
+
 def test_the_written_files_are_the_hubs(original):
     """The format that these tests stand on: names of weights and settings as llava-1.5-7b-hf has them."""
     names = {n for file in original.glob("*.safetensors") for n in safe_open(file, "pt").keys()}  # noqa: SIM118

@@ -85,9 +85,11 @@ def _write(config: ModelConfig, folder: Path) -> None:
     speaks, sees = Path(config.language_model), Path(config.vision_tower)
     tokenizer = _tokenizer(speaks)
     shape = _shape(speaks, sees, tokenizer)
+    # What can be refused comes before the weights, whose files are large.
+    processor = _processor(sees, tokenizer, shape)
     folder.mkdir()
     _save(_weights(config, shape, len(tokenizer)), folder)
-    _processor(sees, tokenizer, shape).save_pretrained(folder)
+    processor.save_pretrained(folder)
     shape.save_pretrained(folder)
 
 
@@ -134,8 +136,14 @@ def _config(folder: Path, key: str) -> Any:
 
 def _processor(sees: Path, tokenizer: Any, shape: LlavaConfig) -> LlavaProcessor:
     vision: Any = shape.vision_config
+    options: dict[str, Any] = {"backend": "pil", "local_files_only": True, "trust_remote_code": False}
+    try:
+        seeing = AutoImageProcessor.from_pretrained(sees, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.vision_tower: {sees} has no usable image processor: {reason}") from None
     return LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(sees, backend="pil", local_files_only=True),
+        image_processor=seeing,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=shape.vision_feature_select_strategy,
