@@ -145,6 +145,19 @@ def test_a_picture_that_came_later_is_found(prompter, tmp_path):
     assert found.sample(1).images_HWC[0][0, 0, 0] == 99
 
 
+@pytest.mark.parametrize(
+    ("later", "reason"), [(None, "missing"), (b"no picture", "cannot identify image file")]
+)
+def test_a_picture_that_went_after_it_was_vetted_is_told_in_one_line(later, reason, prompter, tmp_path):
+    found = loaded(tmp_path, [writers.talk(0), writers.talk(1)], prompter)
+    place = tmp_path / "images" / "1.png"
+    place.unlink() if later is None else place.write_bytes(later)
+    assert found.sample(0).id == "r0"
+    with pytest.raises(UserError, match=f"^data: d r1: image: {reason}.*; it could be read") as error:
+        found.sample(1)
+    assert "\n" not in str(error.value)
+
+
 def test_digests_tell_text_pictures_and_their_order_apart(prompter, tmp_path):
     two = said(("human", "<image><image>"), GPT)
     records = [

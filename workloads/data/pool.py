@@ -80,10 +80,10 @@ class Pool:
     task: str = ""
 
     def sample(self, index: int) -> Sample:
-        """Sample `index`, decoded."""
+        """Sample `index`, decoded; raises `UserError` when an image cannot be read any more."""
         row: dict[str, Any] = self.rows[index]
         turns = turns_of(row)
-        images = () if self.features else tuple(self._image(image) for image in images_of(row))
+        images = () if self.features else tuple(self._image(row["id"], image) for image in images_of(row))
         return Sample(
             id=row["id"],
             domain=self.domain,
@@ -96,8 +96,12 @@ class Pool:
             task=self.task,
         )
 
-    def _image(self, image: Mapping[str, Any]) -> np.ndarray:
-        image_HWC = decode(read(image))
+    def _image(self, name: str, image: Mapping[str, Any]) -> np.ndarray:
+        try:
+            image_HWC = decode(read(image))
+        except ValueError as error:
+            reason = f"{error}; it could be read when it was vetted"
+            raise UserError(f"data: {self.domain} {name}: {reason}") from None
         return np.full_like(image_HWC, 128) if self.blind else image_HWC
 
 
