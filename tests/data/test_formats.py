@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 
@@ -138,6 +139,25 @@ def test_rows_are_converted_once(tmp_path, monkeypatch):
     first = [dict(row) for row in found.load("d", "train")]
     monkeypatch.setattr(arrow, "_write", None)
     assert [dict(row) for row in found.load("d", "train")] == first
+
+
+def test_a_process_loads_a_set_once_and_its_rows_are_those_of_its_identity(tmp_path, monkeypatch):
+    asked, load = [], datasets.load_dataset
+
+    def loading(where, subset, split):
+        asked.append((where, subset, split))
+        return load(where, subset, split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", loading)
+    domain = writers.hub(tmp_path)
+    found = source(tmp_path, domain)
+    digest = found.digest("d", "train")
+    (tmp_path / "set" / "data" / "train-00001-of-00002.parquet").unlink()
+    again = source(tmp_path, domain)
+    assert (again.digest("d", "train"), again.size("d", "train")) == (digest, 12)
+    assert len(again.load("d", "test")) == 4
+    place = str(tmp_path / "set")
+    assert asked == [(place, None, "train"), (place, None, "test")]
 
 
 @pytest.mark.parametrize(

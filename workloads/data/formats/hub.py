@@ -1,8 +1,10 @@
 """Sets of the Hugging Face Hub by name, or a set's folder on disk: `name`, its `subset`, and names of its splits.
 
-`datasets` downloads and keeps them; no set brings code. What identifies a set is the content of its Arrow files.
+`datasets` downloads and keeps them; no set brings code. What identifies a set is the content of its Arrow files. A
+process asks for a split once: its rows are those of its identity, also when the set changes on the hub or on disk.
 """
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,12 +47,18 @@ def _loaded(part: Part) -> datasets.Dataset:
     require(bool(config.name), f"{key}.name", config.name, "name of a set on the hub, or its folder")
     where = str(_folder(part) or config.name)
     try:
-        found: Any = datasets.load_dataset(where, config.subset or None, split=part.named)
+        return _set(where, config.subset, part.named)
     except (
         Exception
     ) as error:  # of datasets, of the hub's client, of the file's format: they share no base class
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}.name: {config.name!r} ({part.named}) cannot be loaded: {reason}") from None
+
+
+@functools.cache
+def _set(where: str, subset: str, split: str) -> datasets.Dataset:
+    """A split with its images left as they are."""
+    found: Any = datasets.load_dataset(where, subset or None, split=split)
     return found.cast(datasets.Features({name: _bare(f) for name, f in found.features.items()}))
 
 
