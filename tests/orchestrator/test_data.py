@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from pyarrow import parquet
 from typer.testing import CliRunner
 
 from orchestrator.__main__ import app
 from tests.data import writers
 from workloads.config import data_from_tree, read_yaml
-from workloads.data import inspection, sources, vetting
+from workloads.data import arrow, inspection, sources, vetting
 from workloads.data.cache import ENVIRONMENT_KEY
 
 EVIL = "<script>alert(1)</script>"
@@ -88,6 +89,18 @@ def test_converted_parquet_reads_back_as_the_same_samples(spec, tmp_path):
     assert [{**row, "images": 0} for row in rows[1]] == [{**row, "images": 0} for row in good]
     digests = [[v.digest for v in vetted(each) if not v.fault] for each in data]
     assert digests[0] == digests[1]
+
+
+def test_converted_pictures_are_written_before_they_are_many_bytes(spec, tmp_path, monkeypatch):
+    bound = 2 * len(writers.picture())
+    monkeypatch.setattr(arrow, "_BATCH_BYTES", bound)
+    done = invoked("data", "convert", spec, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    file = parquet.ParquetFile(tmp_path / "out" / "d" / "train.parquet")
+    groups = [file.read_row_group(i).to_pylist() for i in range(file.num_row_groups)]
+    assert [row["id"] for group in groups for row in group] == [f"r{i}" for i in (0, 1, 2, 3, 4, 5, 6, "6#7")]
+    for group in groups:
+        assert sum(len(row["images"][0]["bytes"]) for row in group[:-1]) <= bound
 
 
 def vetted(data):

@@ -55,12 +55,13 @@ def _write(path: Path, rows: Iterable[Row]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
         partial = Path(folder) / path.name
         with partial.open("wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for batch in _batches(_distinct(rows)):
+            for batch in batches(_distinct(rows)):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
         partial.replace(path)
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """The rows in order, so many together as are written at once."""
     batch: list[Row] = []
     num_bytes = 0
     for row in rows:

@@ -5,7 +5,7 @@ The folder also holds `data.yaml`, the section `data` that reads it.
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,11 @@ from pyarrow import parquet
 
 from workloads import record
 from workloads.config import DataConfig
-from workloads.data import images, sources, vetting
-from workloads.data.inspection import SPLITS, plain
+from workloads.data import arrow, images, sources, vetting
+from workloads.data.inspection import SPLITS
 from workloads.data.rows import ROW, Row
 from workloads.data.vetting import Verdict
 from workloads.errors import UserError, require
-
-_BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ def convert(data: DataConfig, out: Path) -> list[Converted]:
             folder.mkdir()
             for split in SPLITS:
                 for domain in source.domains(split):
-                    done.append(_split(folder, domain, split, plain(source.load(domain, split))))
+                    done.append(_split(folder, domain, split, vetting.plain(source.load(domain, split))))
                     section = {"format": "parquet", "scorer": source.scorer(domain)}
                     domains.setdefault(domain, section)[split] = f"{domain}/{split}.parquet"
             tree = {"source": "files", "root": str(out.resolve()), "domains": domains}
@@ -70,7 +68,7 @@ def _split(folder: Path, domain: str, split: str, rows: datasets.Dataset) -> Con
     path.parent.mkdir(exist_ok=True)
     schema = pa.schema([field for field in ROW.arrow_schema if field.name != "fault"])
     with parquet.ParquetWriter(path, schema) as writer:
-        for batch in _batches(_usable(rows, found)):
+        for batch in arrow.batches(_usable(rows, found)):
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
     bad = [(str(rows[i]["id"]), verdict.fault) for i, verdict in enumerate(found) if verdict.fault]
     with (folder / record.REJECTED).open("a", encoding="utf-8") as file:
@@ -94,14 +92,3 @@ def _usable(rows: datasets.Dataset, found: Sequence[Verdict]) -> Iterator[Row]:
                 "answers": row.get("answers") or [turns[-1].answer],
                 "question_type": row["question_type"],
             }
-
-
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    batch: list[Row] = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -65,12 +65,8 @@ def inspect(data: DataConfig, prompter: Prompter | None) -> Iterator[Inspected]:
     source = sources.of(data)
     for split in SPLITS:
         for domain in source.domains(split):
-            yield _inspected(domain, split, plain(source.load(domain, split)), prompter, data.max_length)
-
-
-def plain(rows: datasets.Dataset) -> datasets.Dataset:
-    """The rows with images as bytes."""
-    return rows.cast_column("image", datasets.Image(decode=False)) if "image" in rows.column_names else rows
+            rows = vetting.plain(source.load(domain, split))
+            yield _inspected(domain, split, rows, prompter, data.max_length)
 
 
 def kind_of(fault: str) -> str:

@@ -125,9 +125,7 @@ def load(data: DataConfig, domain: str, split: str, prompter: Prompter) -> Pool:
     Raises `UserError` when the cache cannot be written.
     """
     source = sources.of(data)
-    rows = source.load(domain, split)
-    if "image" in rows.column_names:
-        rows = rows.cast_column("image", datasets.Image(decode=False))
+    rows = vetting.plain(source.load(domain, split))
     held = f"{source.digest(domain, split)} {source.place(domain)}".strip()
     settings = f"{held} {prompter.version} {data.max_length}".encode()
     key = f"{data.source}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"

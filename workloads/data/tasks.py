@@ -12,9 +12,6 @@ from workloads.data import annotations, json_stream, rows
 from workloads.data.formats import Part
 from workloads.data.rows import Row
 
-# Keys under which a test record may hold its reference answers, the first that is there.
-Answers = Callable[[Mapping[str, Any]], Any]
-
 
 def files(part: Part) -> list[Path]:
     """The file of records, and what its answers are read from."""
@@ -23,7 +20,10 @@ def files(part: Part) -> list[Path]:
 
 
 def read(part: Part, *keys: str) -> Iterator[Row]:
-    """The rows of a split whose records are conversations or questions; answers stand under one of `keys`."""
+    """The rows of a split whose records are conversations or questions.
+
+    A question's references stand under the first of `keys` that its record has.
+    """
     known = annotations.read(part.file("annotations"), part.split) if _apart(part) else None
     return records(part.file(), part.images, keys, known)
 

@@ -38,6 +38,11 @@ class Verdict:
     length: int = 0
 
 
+def plain(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with images that are not decoded."""
+    return rows.cast_column("image", datasets.Image(decode=False)) if "image" in rows.column_names else rows
+
+
 def turns_of(row: Mapping[str, Any]) -> tuple[Turn, ...]:
     """The turns of a row; the short form (image, question, answer) is one turn with its image in front."""
     if "turns" not in row:
