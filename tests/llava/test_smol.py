@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.llava import smol_parts as parts
 from workloads.errors import UserError
 from workloads.llava import folder as folders
-from workloads.llava.prompt import Prompter, Turn
+from workloads.llava.prompt import IMAGE, Prompter, Turn
 from workloads.llava.smol import joining, language, onnx, places, vision
 from workloads.llava.smol.places import Place
 
@@ -124,7 +124,7 @@ def test_the_first_blocks_are_those_of_the_whole_model(layers, kept, tmp_path):
         found = cut.model(ids, output_hidden_states=True).hidden_states
     for level in range(kept):
         assert torch.equal(found[level], wanted[level])
-    image = tokenizer.convert_tokens_to_ids(language.IMAGE)
+    image = tokenizer.convert_tokens_to_ids(IMAGE)
     assert image == whole.config.vocab_size == cut.config.vocab_size - 1
     table = whole.get_input_embeddings().weight
     torch.testing.assert_close(cut.get_input_embeddings().weight[image], table.mean(dim=0))

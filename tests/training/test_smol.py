@@ -14,6 +14,7 @@ from workloads.config import ModelConfig
 from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
 from workloads.data.pocket import DOMAINS, QUESTIONS, compose
 from workloads.data.sources import pocket
+from workloads.errors import UserError
 from workloads.identity import fingerprint
 from workloads.llava import folder as folders
 from workloads.llava.build import build
@@ -105,6 +106,23 @@ def test_made_anew_it_has_the_same_weights(prepared, tmp_path, monkeypatch):
     made = smol.prepare(given, 8, smol.Recipe(num_steps=2), False, "a test", lambda text: None)
     assert made.parent == tmp_path / "smol"
     assert (made / "model.safetensors").read_bytes() == first
+
+
+def test_a_folder_that_is_not_whole_is_not_taken_for_the_pair(prepared, tmp_path, monkeypatch):
+    folder, _, _, _ = prepared
+    given = {"--lm": str(folder / "lm"), "--tower": str(folder / "tower")}
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path))
+
+    def make(made, *_):
+        """Meanwhile another process leaves half a folder."""
+        for place, name in ((made, "config.json"), (tmp_path / "smol" / made.name, "model.safetensors")):
+            place.mkdir()
+            (place / name).write_text("{}")
+
+    monkeypatch.setattr(smol, "_make", make)
+    with pytest.raises(UserError, match=f"^{ENVIRONMENT_KEY}: cannot write .*Directory not empty"):
+        smol.prepare(given, 8, smol.Recipe(num_steps=2), False, "a test", lambda text: None)
+    assert not (tmp_path / "smol" / "smol.txt").exists()
 
 
 @pytest.mark.parametrize("vce", [False, True])

@@ -52,8 +52,7 @@ def build(
             folder, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True, output_loading_info=True,
             attn_implementation=config.attention,
         )  # fmt: skip
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        strict.told(folder, kind.replace("_", " "), set(map(str, report[kind])))
+    strict.loaded("model.name_or_path", folder, report)
     ends: Any = model.generation_config.eos_token_id
     prompter = _prompter(folder, config, model, _listed(ends))
     return Llava(

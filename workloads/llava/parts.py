@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaConfig, LlavaProcessor
 
 from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
+from workloads.data.rows import IMAGE
 from workloads.errors import UserError, require
 from workloads.identity import model_hash
 from workloads.llava import strict
@@ -30,7 +31,7 @@ from workloads.schema import ModelConfig
 VERSION = 1
 # Bytes of weights in one file of the checkpoint; so much is held in memory.
 _SHARD = 2 * 2**30
-_IMAGE, _PAD = "<image>", "<pad>"
+_PAD = "<pad>"
 _SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -60,7 +61,7 @@ def assembled(config: ModelConfig) -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 made = Path(scratch) / key
                 _write(config, made)
-                _put(made, folder)
+                put(made, folder)
         except OSError as error:
             raise UserError(f"{ENVIRONMENT_KEY}: cannot write {folder}: {error.strerror}") from None
     return folder
@@ -72,7 +73,7 @@ def shape_of(config: ModelConfig) -> LlavaConfig:
     return _shape(speaks, Path(config.vision_tower), _tokenizer(speaks))
 
 
-def _put(made: Path, folder: Path) -> None:
+def put(made: Path, folder: Path) -> None:
     """Give the whole folder its name, unless another process was first."""
     try:
         made.rename(folder)
@@ -86,7 +87,7 @@ def _write(config: ModelConfig, folder: Path) -> None:
     tokenizer = _tokenizer(speaks)
     shape = _shape(speaks, sees, tokenizer)
     # What can be refused comes before the weights, whose files are large.
-    processor = _processor(sees, tokenizer, shape)
+    processor = processor_of(_image_processor(sees), tokenizer, shape.vision_config, _TEMPLATE)
     folder.mkdir()
     _save(_weights(config, shape, len(tokenizer)), folder)
     processor.save_pretrained(folder)
@@ -100,7 +101,7 @@ def _tokenizer(folder: Path) -> Any:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"model.language_model: {folder} has no usable tokenizer: {reason}") from None
-    tokenizer.add_tokens([AddedToken(_IMAGE, special=True, normalized=False)], special_tokens=True)
+    with_image_token(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.add_special_tokens({"pad_token": _PAD})
     return tokenizer
@@ -113,18 +114,46 @@ def _shape(speaks: Path, sees: Path, tokenizer: Any) -> LlavaConfig:
     require(hasattr(vision, "patch_size"), "model.vision_tower", str(sees), allowed)
     text.vocab_size = max(text.vocab_size, len(tokenizer))
     text.pad_token_id = tokenizer.pad_token_id
-    has_class = vision.model_type in ("clip_vision_model", "dinov2")
+    return config_of(text, vision, tokenizer)
+
+
+def with_image_token(tokenizer: Any) -> None:
+    """Give a tokenizer one more token, which stands for images."""
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+
+
+def config_of(text: Any, vision: Any, tokenizer: Any) -> LlavaConfig:
+    """The configuration of a LLaVA from those of its two parts; the tokenizer has its token for images."""
     make: Any = LlavaConfig
     return make(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(_IMAGE),
+        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if has_class else "full",
+        vision_feature_select_strategy="default" if _has_class(vision) else "full",
         tie_word_embeddings=text.tie_word_embeddings,
         architectures=["LlavaForConditionalGeneration"],
     )
+
+
+def processor_of(seeing: Any, tokenizer: Any, vision: Any, template: str) -> LlavaProcessor:
+    """What turns pictures and conversations into the inputs of a LLaVA whose tower has the configuration `vision`."""
+    has_class = _has_class(vision)
+    return LlavaProcessor(
+        image_processor=seeing,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default" if has_class else "full",
+        chat_template=template,
+        image_token=IMAGE,
+        num_additional_image_tokens=int(has_class),
+    )
+
+
+def _has_class(vision: Any) -> bool:
+    """Whether the tower has a class token in front of its patches, which the projector does not read."""
+    return vision.model_type in ("clip_vision_model", "dinov2")
 
 
 def _config(folder: Path, key: str) -> Any:
@@ -134,23 +163,13 @@ def _config(folder: Path, key: str) -> Any:
         raise UserError(f"{key}: {folder} has no usable config.json: {str(error).splitlines()[0]}") from None
 
 
-def _processor(sees: Path, tokenizer: Any, shape: LlavaConfig) -> LlavaProcessor:
-    vision: Any = shape.vision_config
+def _image_processor(folder: Path) -> Any:
     options: dict[str, Any] = {"backend": "pil", "local_files_only": True, "trust_remote_code": False}
     try:
-        seeing = AutoImageProcessor.from_pretrained(sees, **options)
+        return AutoImageProcessor.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.vision_tower: {sees} has no usable image processor: {reason}") from None
-    return LlavaProcessor(
-        image_processor=seeing,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=shape.vision_feature_select_strategy,
-        chat_template=_TEMPLATE,
-        image_token=_IMAGE,
-        num_additional_image_tokens=int(shape.vision_feature_select_strategy == "default"),
-    )
+        raise UserError(f"model.vision_tower: {folder} has no usable image processor: {reason}") from None
 
 
 def _weights(config: ModelConfig, shape: LlavaConfig, num_tokens: int) -> Iterator[tuple[str, Tensor]]:

@@ -114,6 +114,8 @@ def load(path: str, key: str) -> SentenceEncoder:
     from transformers import AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from workloads.llava import strict
+
     folder = find(path, key)
     disable_progress_bar()
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -125,10 +127,8 @@ def load(path: str, key: str) -> SentenceEncoder:
             )
     except (OSError, ValueError) as error:
         raise UserError(f"{key}: {folder} is no sentence encoder: {str(error).splitlines()[0]}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        # The pooler is no part of a mean over tokens.
-        if names := sorted(name for name in map(str, report[kind]) if "pooler." not in name):
-            raise UserError(f"{key}: {folder} has {kind.replace('_', ' ')}: {', '.join(names[:5])}")
+    # The pooler is no part of a mean over tokens.
+    strict.loaded(key, folder, report, ignored="pooler.")
     model.eval().requires_grad_(False)
     return SentenceEncoder(
         model=model,

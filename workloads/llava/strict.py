@@ -6,8 +6,9 @@ tells only the first worker of wrong shapes.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
@@ -59,13 +60,11 @@ def check(folder: Path, model: PreTrainedModel) -> None:
         given[own] = wanted.get(own, found[name]) if converted else found[name]
     ignored = re.compile("|".join([*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())]))
     tied = set(getattr(model, "all_tied_weights_keys", {}))
-    told(folder, "missing keys", wanted.keys() - given.keys() - tied)
-    told(
-        folder, "unexpected keys", {name for name in given.keys() - wanted.keys() if not ignored.search(name)}
-    )
-    told(
-        folder, "mismatched keys", {name for name in given if name in wanted and given[name] != wanted[name]}
-    )
+    unexpected = {name for name in given.keys() - wanted.keys() if not ignored.search(name)}
+    mismatched = {name for name in given if name in wanted and given[name] != wanted[name]}
+    told(key, folder, "missing keys", wanted.keys() - given.keys() - tied)
+    told(key, folder, "unexpected keys", unexpected)
+    told(key, folder, "mismatched keys", mismatched)
 
 
 def own_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[str, bool]]:
@@ -81,7 +80,17 @@ def own_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, tuple[s
     return found
 
 
-def told(folder: Path, kind: str, names: set[str]) -> None:
-    """Raise `UserError` about the first of `names`, if there are any."""
+def loaded(key: str, folder: Path, report: Mapping[str, Iterable[Any]], ignored: str = "") -> None:
+    """Raise `UserError` about `key` when a loader's report names weights that are missing, unknown or of other shapes.
+
+    Names with `ignored` in them do not count.
+    """
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = {name for name in map(str, report[kind]) if not ignored or ignored not in name}
+        told(key, folder, kind.replace("_", " "), names)
+
+
+def told(key: str, folder: Path, kind: str, names: set[str]) -> None:
+    """Raise `UserError` about `key` with the first of `names`, if there are any."""
     if names:
-        raise UserError(f"model.name_or_path: {folder} has {kind}: {', '.join(sorted(names)[:5])}")
+        raise UserError(f"{key}: {folder} has {kind}: {', '.join(sorted(names)[:5])}")

@@ -31,6 +31,7 @@ from workloads.data.pool import Sample
 from workloads.errors import UserError, require
 from workloads.llava import folder as folders
 from workloads.llava.build import Llava, build
+from workloads.llava.parts import put
 from workloads.llava.prompt import IMAGE, Turn
 from workloads.llava.smol import joining, language, places
 from workloads.llava.smol import vision as seeing
@@ -82,8 +83,7 @@ def prepare(given: dict[str, str], layers: int, recipe: Recipe, hub: bool, comma
             with tempfile.TemporaryDirectory(dir=target.parent, prefix=".preparing-") as scratch:
                 made = Path(scratch) / target.name
                 _make(made, parts, layers, recipe, command, tell)
-                if not target.exists():
-                    made.rename(target)
+                put(made, target)
         folders.name_prepared(names[layers], target)
     except OSError as error:
         raise UserError(f"{ENVIRONMENT_KEY}: cannot write {target}: {error.strerror}") from None

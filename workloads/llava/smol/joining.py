@@ -7,15 +7,9 @@ Source:  Liu et al. 2023, LLaVA-1.5, arXiv:2310.03744: the tower's level before 
 from typing import Any
 
 import torch
-from transformers import (
-    Dinov2Model,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import Dinov2Model, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 
-from workloads.llava.smol.language import IMAGE
+from workloads.llava import parts
 from workloads.llava.smol.vision import image_processor
 
 
@@ -23,18 +17,7 @@ def joined(
     speaker: LlamaForCausalLM, tower: Dinov2Model, tokenizer: Any, seed: int
 ) -> LlavaForConditionalGeneration:
     """The LLaVA in fp32; the projector's weights follow from `seed`."""
-    text: Any = speaker.config
-    vision: Any = tower.config
-    make: Any = LlavaConfig
-    config = make(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=text.tie_word_embeddings,
-    )
+    config = parts.config_of(speaker.config, tower.config, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
@@ -52,13 +35,4 @@ def joined(
 
 def processor(tokenizer: Any, tower: Dinov2Model) -> LlavaProcessor:
     """What turns pictures and conversations into the joined model's inputs."""
-    vision: Any = tower.config
-    return LlavaProcessor(
-        image_processor=image_processor(),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        chat_template=tokenizer.chat_template,
-        image_token=IMAGE,
-        num_additional_image_tokens=1,
-    )
+    return parts.processor_of(image_processor(), tokenizer, tower.config, tokenizer.chat_template)

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, pre_tokenizers
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from workloads.errors import UserError, require
-from workloads.llava.parts import with_rows
+from workloads.llava import strict
+from workloads.llava.parts import with_image_token, with_rows
 from workloads.llava.smol.places import LANGUAGE_MODEL, Place
 
-IMAGE = "<image>"
 # Turns messages made of parts into messages of text, which language models' own templates take.
 _AS_TEXT = (
     "{% set plain = namespace(messages=[]) %}{% for message in messages %}{% set said %}"
@@ -46,7 +46,7 @@ def load(place: Place, layers: int) -> tuple[LlamaForCausalLM, Any, bool]:
     require(bool(tokenizer.chat_template), option, str(path), "a model with a chat template; it has none")
     if path.is_file() and _pre_tokenizer(path) == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = _by_digits()
-    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    with_image_token(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = _AS_TEXT + tokenizer.chat_template
@@ -62,10 +62,7 @@ def _model(folder: Path, options: dict[str, Any]) -> Any:
     require(
         kind == "llama", LANGUAGE_MODEL.option, str(folder), f"a model of type llama; it is of type {kind}"
     )
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[key])):
-            what = f"{folder} has {key.replace('_', ' ')}: {', '.join(names[:5])}"
-            raise UserError(f"{LANGUAGE_MODEL.option}: {what}")
+    strict.loaded(LANGUAGE_MODEL.option, folder, report)
     return model
 
 

@@ -90,9 +90,7 @@ def _from_folder(folder: Path) -> Dinov2Model:
             )
     except (OSError, ValueError) as error:
         raise UserError(f"{option}: {folder}: {str(error).strip().splitlines()[0]}") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise UserError(f"{option}: {folder} has {kind.replace('_', ' ')}: {', '.join(names[:5])}")
+    strict.loaded(option, folder, report)
     return model
 
 
