@@ -7,12 +7,13 @@ import pytest
 from orchestrator.single import recipe_config
 from orchestrator.study import RECIPES, load
 from orchestrator.trials import fixed
-from tests.data.writers import lay_out
+from tests.data.writers import dump, lay_out, question
 from tests.llava import checkpoints, sentences
 from tests.training.runs import do
 from workloads import record
 from workloads.data import sources
 from workloads.errors import UserError
+from workloads.evaluation.scorers import score_rows
 
 NAMES = sorted(path.stem for path in RECIPES.glob("llava_7b_*.yaml"))
 STUDY, MOLE = "llava_7b_twice_the_samples", RECIPES / "llava_7b_mole.yaml"
@@ -70,6 +71,20 @@ def test_a_7b_recipe_without_its_files_is_one_clear_line(name, base, tmp_path):
             sources.check(config)
         assert "\n" not in str(error.value)
         assert str(error.value).endswith(f"no such file in {place}")
+
+
+def test_doc_vqa_is_scored_by_the_nearest_of_all_references(base, tmp_path):
+    lay_out(tmp_path, MOLE)
+    asked = [question(i, answer=["17 March", f"{i} April", "noon"]) for i in range(3)]
+    dump(tmp_path / "doc_vqa" / "test.json", asked)
+    data = recipe_config("llava_7b_mole", [f"data.root={tmp_path}", f"model.name_or_path={base}"]).data
+    found = sources.of(data)
+    given = ("17 march", "1 april", "moon")
+    rows = [
+        {"raw": raw, "answer": row["answers"]}
+        for raw, row in zip(given, found.load("doc_vqa", "test"), strict=True)
+    ]
+    assert score_rows(found.scorer("doc_vqa"), rows).rows == (1.0, 1.0, 0.75)
 
 
 @pytest.mark.parametrize("profile", ["full", "smoke"])
