@@ -1,5 +1,7 @@
 """SEFE's RegLoRA against loops over entries in float64: what is summed, marked and penalised, over tasks in order."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -145,16 +147,12 @@ def test_a_task_changes_its_own_slot_alone_and_marks_what_was_learned_before_it(
         before = {name: w.detach().clone() for name, w in model.named_parameters()}
         described.on_task_start(task)
         for slots in linears.values():
-            num_marks = slots.marked_KM.shape[1]
-            assert slots.past == list(range(number))
-            for k in range(3):
-                marks = slots.marked_KM[k].tolist()
-                if k >= number:
-                    assert set(marks) == {-1}
-                else:
-                    width = slots.slot0_A.shape[1]
-                    expected = slow_marks(*factors(slots, k), num_marks)
-                    assert sorted(divmod(m, width) for m in marks) == sorted(expected)
+            width, marks = slots.slot0_A.shape[1], slots.marked_N.tolist()
+            assert len(marks) == number * slots.num_marks
+            for k in range(number):
+                mine = marks[k * slots.num_marks : (k + 1) * slots.num_marks]
+                expected = slow_marks(*factors(slots, k), slots.num_marks)
+                assert sorted(divmod(m, width) for m in mine) == sorted(expected)
         model.train()
         step(model, trace, described, task, lr=0.5)
         step(model, trace, described, task, lr=0.5)
@@ -172,7 +170,7 @@ def test_the_loss_is_the_mean_over_linears(tiny_llava):
         randomise(slots, 3)
         slots.start(2)
     model.train()(**batch_of(TASKS[2]))
-    expected = sum(slow_penalty(slots, 2, slots.marked_KM.shape[1]) for slots in linears) / len(linears)
+    expected = sum(slow_penalty(slots, 2, slots.num_marks) for slots in linears) / len(linears)
     found = described.losses(trace)["marked_loss"]
     torch.testing.assert_close(found, 0.7 * expected, rtol=1e-10, atol=0)
     with torch.no_grad():
@@ -189,7 +187,7 @@ def test_a_heavier_weight_keeps_marked_entries_smaller(tiny_llava):
         for _ in range(20):
             step(model, trace, described, TASKS[1], lr=0.02)
         linears = [m.slots for m in model.modules() if isinstance(m, sefe.SlotLinear)]
-        return float(sum(slow_penalty(slots, 1, slots.marked_KM.shape[1]) for slots in linears).detach())
+        return float(sum(slow_penalty(slots, 1, slots.num_marks) for slots in linears).detach())
 
     assert size(5.0) < 0.6 * size(0.0)
 
@@ -199,8 +197,8 @@ def test_slots_that_learned_nothing_mark_nothing(tiny_llava):
     described.on_task_start(TASKS[2])
     for module in model.modules():
         if isinstance(module, sefe.Slots):
-            assert module.past == []
-            assert module.marked_KM.eq(-1).all()
+            assert module.marked_N.shape == (0,)
+            assert module.marked_N.dtype == torch.int32
 
 
 def test_merged_it_gives_equal_answers(tiny_llava):
@@ -215,12 +213,35 @@ def test_merged_it_gives_equal_answers(tiny_llava):
     torch.testing.assert_close(logits(model, trace, TASKS[0]), before, rtol=1e-9, atol=1e-11)
 
 
-def test_weights_are_those_of_one_slot_and_marks_are_saved(tiny_llava):
+def test_weights_are_those_of_one_slot_and_nothing_but_slots_is_saved(tiny_llava):
     d, f, L, r = 16, 24, 2, 2
-    _, _, described = attached(tiny_llava)
+    model, trace, described = attached(tiny_llava)
+    learn(model, trace, described)
     assert described.num_weights == described.num_active == L * r * (8 * d + 3 * (d + f))
-    assert sum(name.endswith(".slots.marked_KM") for name in described.state) == 14
-    assert sum(".slots.slot" in name for name in described.state) == 3 * 2 * 14
+    assert len(described.state) == sum(".slots.slot" in name for name in described.state) == 3 * 2 * 14
+    assert adapters.saved_names(model, described) == described.state
+    assert not any("marked" in name for name in model.state_dict())
+
+
+def test_marks_of_a_stage_that_goes_on_are_those_that_it_started_with(tiny_llava):
+    """From the folder of the stage before, then from the checkpoint; forward copies none of them."""
+    model, trace, described = attached(tiny_llava)
+    learn(model, trace, described, TASKS[:2], lr=0.5)
+    other, _, other_described = attached(tiny_llava, seed=1)
+    start = {name: w.clone() for name, w in adapters.weights_of(model, described).items()}
+    adapters.put(other, start, adapters.saved_names(other, other_described), "start")
+    other_described.on_task_start(TASKS[2])
+    described.on_task_start(TASKS[2])
+    model.train()
+    step(model, trace, described, TASKS[2], lr=0.5)
+    here, there = ([m for m in x.modules() if isinstance(m, sefe.Slots)] for x in (model, other))
+    for a, b in zip(here, there, strict=True):
+        assert len(a.marked_N) == 2 * a.num_marks
+        assert torch.equal(a.marked_N, b.marked_N)
+    seen = []
+    with patch.object(sefe, "marked_mean", side_effect=lambda A, B, places: seen.append(places) or A.sum()):
+        model(**batch_of(TASKS[2]))
+    assert [id(places) for places in seen] == [id(a.marked_N) for a in here]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +268,7 @@ def test_the_penalty_is_fp32_under_bf16():
     assert linear.penalty.dtype == torch.float32
     linear.penalty.backward()
     assert linear.slots.slot1_A.grad.dtype == torch.bfloat16
-    places = linear.slots.marked_KM[0].tolist()
+    places = linear.slots.marked_N.tolist()
     A, B = (w.double() for w in factors(linear.slots, 1))
     expected = sum(product(A, B, *divmod(p, 5)).abs() for p in places) / len(places)
     torch.testing.assert_close(linear.penalty.double(), expected, rtol=1e-5, atol=0)

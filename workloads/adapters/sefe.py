@@ -5,15 +5,17 @@ Source:  Chen et al. 2025, SEFE, arXiv:2505.02486 (ICML 2025), and its released 
              L += weight * mean over linears of the mean over marked entries (o, i) of |B A|_oi
          for the LoRA that trains; an entry that several tasks marked counts for each of them. weight = 2500.
 Routing: none. The model is W + (alpha / R) sum_k B_k A_k; earlier LoRAs are frozen, as merged into W in the source.
-Tasks:   a task's start marks what the slots before it have learned. Before any start the first slot trains, which is
-         plain LoRA.
-Cost:    B A is formed once a linear and task, block by block of its rows. In training marked entries alone are
-         computed, some at a time: 2 R numbers each, nothing of which is kept for backward but their signs.
+Tasks:   a task's start marks what the slots before it have learned; marks follow from those slots, so that they are in
+         no folder. Before any start the first slot trains, which is plain LoRA.
+Cost:    B A is formed once a linear and earlier task, when a stage starts, block by block of its rows. In training
+         marked entries alone are computed, some at a time: 2 R numbers each, nothing of which is kept for backward but
+         their signs.
 Differs: earlier LoRAs are kept as they are (released: merged in bf16). The other half of SEFE, which rewrites answers
          into several styles, is a matter of data and not here.
 Not verified: whether the paper unites marks as sets, where an entry counts once; the released code joins lists.
 
-Shape letters: B batch, T tokens, R rank of one slot, I inputs, O outputs, K tasks, M marks of a task, N marked entries.
+Shape letters: B batch, T tokens, R rank of one slot, I inputs, O outputs, K tasks, M marks of a task, N marked entries
+of all tasks.
 """
 
 from collections.abc import Mapping
@@ -133,44 +135,38 @@ def marked_mean(A_RI: Tensor, B_OR: Tensor, places_N: Tensor) -> Tensor:
 
 
 class Slots(nn.Module):
-    """The LoRAs of all tasks on one linear and the entries that each of them marked; `current` trains."""
+    """The LoRAs of all tasks on one linear and the entries that earlier ones marked; `current` trains."""
 
-    marked_KM: Tensor
+    marked_N: Tensor
 
     def __init__(self, base: nn.Linear, config: Config) -> None:
         super().__init__()
         self.num_slots = len(config.tasks)
         self.penalised = config.marked_weight > 0
         slots.add_slots(self, base, self.num_slots, config.rank_per_expert)
-        num_marks = max(1, int(config.marked_share * base.in_features * base.out_features))
-        shape_KM = (self.num_slots, num_marks)
-        # -1 where a task has marked nothing.
-        marks_KM = torch.full(shape_KM, -1, dtype=torch.int32, device=base.weight.device)
-        self.register_buffer("marked_KM", marks_KM)
+        self.num_marks = max(1, int(config.marked_share * base.in_features * base.out_features))
+        # Empty until a task starts that has a past.
+        marked_N = torch.empty(0, dtype=torch.int32, device=base.weight.device)
+        self.register_buffer("marked_N", marked_N, persistent=False)
         self.current = 0
-        # Slots before the current one that have learned something.
-        self.past: list[int] = []
 
     def start(self, current: int) -> None:
         """Train the slot `current` and no other; mark what the slots before it have learned, which have to be whole."""
         self.current = current
         slots.train_slot(self, self.num_slots, current)
-        learned = zip(slots.all_A(self, range(current)), slots.all_B(self, range(current)), strict=True)
-        self.past = []
-        for slot, (A_RI, B_OR) in enumerate(learned):
-            if B_OR.any():
-                self.marked_KM[slot] = largest_entries(A_RI, B_OR, self.marked_KM.shape[1]).int()
-                self.past.append(slot)
+        past = zip(slots.all_A(self, range(current)), slots.all_B(self, range(current)), strict=True)
+        marks = [largest_entries(A_RI, B_OR, self.num_marks).int() for A_RI, B_OR in past if B_OR.any()]
+        self.marked_N = torch.cat([self.marked_N[:0], *marks])
 
     def forward(self, x_BTI: Tensor) -> tuple[Tensor, Tensor | None]:
         """The unscaled update (B, T, O), and in training the mean of |B A| over marked entries where there are any."""
         last = self.current + 1 if self.training else self.num_slots
         A_SI, B_OS = slots.stacked(self, range(last))
         update_BTO = F.linear(F.linear(x_BTI, A_SI), B_OS)
-        if not (self.training and self.past and self.penalised and torch.is_grad_enabled()):
+        if not (self.training and len(self.marked_N) and self.penalised and torch.is_grad_enabled()):
             return update_BTO, None
         (A_RI,), (B_OR,) = slots.all_A(self, [self.current]), slots.all_B(self, [self.current])
-        return update_BTO, marked_mean(A_RI, B_OR, self.marked_KM[self.past].flatten())
+        return update_BTO, marked_mean(A_RI, B_OR, self.marked_N)
 
 
 class SlotLinear(nn.Module):
@@ -195,7 +191,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     freeze(model)
     placed = place(model, config.targets, lambda base, spot: SlotLinear(base, config))
     num_weights = count(model.parameters())
-    own = {f"{path}.slots.{name}" for path, linear in placed.items() for name in linear.slots.state_dict()}
+    own = {name for path, linear in placed.items() for name in slots.names(linear.slots, f"{path}.slots")}
 
     def on_task_start(task: str) -> None:
         """Mark the past and let the slot of `task` train; raises UserError on an unknown task."""
