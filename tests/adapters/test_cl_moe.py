@@ -26,7 +26,6 @@ def make_linear(num_tasks=3, experts=3, rank=2, seed=0, dtype=torch.float64, **f
     fields = {"top_k": min(2, experts), **fields}
     config = cl_moe.Config(tasks=names, num_experts=experts, rank_total=experts * rank, alpha=ALPHA, **fields)
     means = SimpleNamespace(trace=Trace(), task=None)
-    means.nearest = lambda: means.nearest_B
     base = nn.Linear(5, 4, bias=False, dtype=dtype).requires_grad_(False)
     linear = cl_moe.MomentumExperts(base, config, means, Spot(path="q_proj", layer=0, leads=True))
     with torch.no_grad():
@@ -77,7 +76,8 @@ def test_linear_equals_a_loop_forward_and_backward(training, experts, rank, B, T
     # Task 0 was never visited.
     shares = [v / sum(visits) for v in visits] if sum(visits) else None
     shares_B = [shares if b % 2 and not training else None for b in range(B)]
-    kept_E = [(0.0, 1 - 0.8, 0.8)[role] for role in roles]
+    # In training the task's own weights are read, whatever its end will keep of those before it.
+    kept_E = [0.0 if training else (0.0, 1 - 0.8, 0.8)[role] for role in roles]
     x = torch.randn(B, T, 5, dtype=torch.float64, requires_grad=True)
     out, slow = linear(x), slow_linear(linear, x, shares_B, kept_E, 0.3)
     torch.testing.assert_close(out, slow, rtol=1e-10, atol=1e-12)
@@ -183,6 +183,19 @@ def test_after_a_task_weights_are_mixed_with_those_before_it_and_the_next_one_st
                 assert torch.equal(kept[e], own[e])
         assert not linear.roles_E.any()
     # Folding changes the weights' form, not what they compute.
+    torch.testing.assert_close(logits(model, trace, TASKS[1]), answers, rtol=1e-9, atol=1e-11)
+
+
+def test_a_task_that_has_ended_and_starts_again_starts_from_the_mixed_weights(tiny_llava, tmp_path):
+    model, trace, described = attached(tiny_llava, tmp_path)
+    learn(model, trace, described, TASKS[:2], lr=0.5)
+    visited(model, [[5, 4, 1], [1, 7, 3], [0, 0, 0]])
+    described.on_task_end(TASKS[1])
+    answers = logits(model, trace, TASKS[1])
+    described.on_task_start(TASKS[1])
+    for linear in linears(model):
+        assert not linear.roles_E.any()
+        assert torch.equal(linear.past_A, linear.experts_A)
     torch.testing.assert_close(logits(model, trace, TASKS[1]), answers, rtol=1e-9, atol=1e-11)
 
 

@@ -23,7 +23,7 @@ ALPHA = 3.0
 def make_linear(weights_BK, known, current, num_tasks=3, rank=2, seed=0, dtype=torch.float64):
     """One linear with random slots; what it asks of the task means is given."""
     torch.manual_seed(seed)
-    means = SimpleNamespace(weights=lambda _: weights_BK, known=known, current=current, trace=Trace())
+    means = SimpleNamespace(weights_BK=weights_BK, known=known, current=current, trace=Trace())
     config = disco.Config(tasks=[f"t{k}" for k in range(num_tasks)], rank_per_expert=rank, alpha=ALPHA)
     base = nn.Linear(5, 4, bias=False, dtype=dtype).requires_grad_(False)
     linear = disco.WeightedSlots(base, config, means, Spot(path="q_proj", layer=0, leads=True))

@@ -23,7 +23,7 @@ ALPHA = 3.0
 
 def stand_in(weights_BK, known, current):
     """What linears ask of the task means."""
-    return SimpleNamespace(weights=lambda _: weights_BK, known=known, current=current, trace=Trace())
+    return SimpleNamespace(weights_BK=weights_BK, known=known, current=current, trace=Trace())
 
 
 def make_linear(means, num_tasks=3, rank=2, mixes=False, seed=0, dtype=torch.float64):
@@ -206,7 +206,8 @@ def test_the_route_is_the_last_blocks_mixture(tiny_llava, tmp_path):
         model(**batch_of(TASKS[1]))
     (route,) = trace.routes
     assert route.layer == 1
-    assert torch.equal(route.probs_BTE[:, 3], model.hide_means.weights(0.1))
+    mixture_BK = (model.hide_means.closeness_BK / 0.1).softmax(dim=-1)
+    assert torch.equal(route.probs_BTE[:, 3], mixture_BK)
     assert route.choice_BT[0, 0] == TASKS.index(described.selected()[0])
 
 

@@ -35,7 +35,7 @@ class Pictures:
 
 def make(with_images=True):
     trace, pool = Trace(), Pictures() if with_images else None
-    means = TaskMeans(NAMES, trace, Texts(), torch.device("cpu"), pool, IMAGE if with_images else 0)
+    means = TaskMeans(NAMES, trace, Texts(), torch.device("cpu"), pool, IMAGE if with_images else 0, 0.1)
     return means, trace, pool
 
 
@@ -90,7 +90,7 @@ def test_closeness_is_the_mean_cosine_with_the_means_of_what_was_seen(num_seen, 
     torch.testing.assert_close(means.closeness_BK, expected, rtol=1e-12, atol=1e-12)
     powers = [[float(torch.exp(c / 0.1)) for c in row] for row in expected]
     weights = torch.tensor([[p / sum(row) for p in row] for row in powers], dtype=torch.float64)
-    torch.testing.assert_close(means.weights(0.1), weights, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(means.weights_BK, weights, rtol=1e-9, atol=1e-12)
     best = [max(range(num_seen), key=lambda k, row=row: float(row[k])) for row in expected]
     assert means.selected() == [NAMES[k] for k in best]
 
@@ -131,12 +131,12 @@ def test_a_batch_that_does_not_count_is_summed_as_nothing():
 
 def test_before_any_task_the_first_counts_alone_and_nothing_is_noted():
     means, trace, pool = make()
-    show(means, trace, pool, [(1, 2), (0, 1)], torch.ones(2, IMAGE))
-    means.note()
-    means.after_step(lambda total: pytest.fail("nothing was noted"))
     for training in (True, False):
         means.train(training)
-        assert means.weights(0.1).tolist() == [[1.0, 0.0, 0.0]] * 2
+        show(means, trace, pool, [(1, 2), (0, 1)], torch.ones(2, IMAGE))
+        means.note()
+        means.after_step(lambda total: pytest.fail("nothing was noted"))
+        assert means.weights_BK.tolist() == [[1.0, 0.0, 0.0]] * 2
         assert means.selected() == ["general", "general"]
     assert means.known == [0]
 
@@ -145,18 +145,21 @@ def test_in_training_all_weight_is_on_the_task_that_trains():
     means, trace, pool = make()
     means.start("general")
     means.start("maps")
-    show(means, trace, pool, [(1, 2)], torch.ones(1, IMAGE))
-    assert means.train().weights(0.1).tolist() == [[0.0, 0.0, 1.0]]
+    show(means.train(), trace, pool, [(1, 2)], torch.ones(1, IMAGE))
+    assert means.weights_BK.tolist() == [[0.0, 0.0, 1.0]]
+    assert means.weights_BK.dtype == means.closeness_BK.dtype
+    assert means.nearest_B.tolist() == [2]
     assert means.known == [0, 2]
 
 
 def test_decoding_goes_on_with_what_the_prompt_said():
     means, trace, pool = make()
     show(means, trace, pool, [(1, 2)], torch.ones(1, IMAGE))
-    before = means.closeness_BK
+    before = means.closeness_BK, means.weights_BK, means.nearest_B
     trace.phase = "decode"
     means._see(means, ())
-    assert means.closeness_BK is before
+    after = means.closeness_BK, means.weights_BK, means.nearest_B
+    assert all(a is b for a, b in zip(after, before, strict=True))
 
 
 def test_an_unknown_task_names_the_nearest():

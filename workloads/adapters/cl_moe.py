@@ -142,14 +142,14 @@ class MomentumExperts(nn.Module):
         if self.spot.leads:
             route = Route(layer=self.spot.layer, probs_BTE=gates_BTE, choice_BT=gates_BTE.argmax(dim=-1))
             means.trace.routes.append(route)
-        A_ERI, B_ERO = self.mixed()
+        A_ERI, B_ERO = (self.experts_A, self.experts_B) if self.training else self.mixed()
         dropped_BTI = F.dropout(x_BTI, self.config.dropout, self.training) if self.config.dropout else x_BTI
         scaled_BTE1 = (gates_BTE * (self.config.alpha / self.config.rank_total)).to(x_BTI.dtype).unsqueeze(-1)
         inner_BTER = F.linear(dropped_BTI, A_ERI.flatten(0, 1)).unflatten(-1, A_ERI.shape[:2])
         return self.base_layer(x_BTI) + (inner_BTER * scaled_BTE1).flatten(-2) @ B_ERO.flatten(0, 1)
 
     def mixed(self) -> tuple[Tensor, Tensor]:
-        """lambda theta_(t-1) + (1 - lambda) phi_t of A and B; phi_t itself while a task trains."""
+        """lambda theta_(t-1) + (1 - lambda) phi_t of A and B; phi_t itself where no task's end has told lambda."""
         momentum = self.config.momentum
         kept = torch.tensor([0.0, 1 - momentum, momentum], dtype=self.past_A.dtype, device=self.past_A.device)
         kept_E11 = kept[self.roles_E][:, None, None]
@@ -165,7 +165,7 @@ class MomentumExperts(nn.Module):
 
     def _with_task(self, probs_BTE: Tensor, means: TaskMeans) -> Tensor:
         """Gates of inference; the token's router alone for a task without any visits."""
-        visits_BE = self.visits_KE[means.nearest()].to(probs_BTE.dtype)
+        visits_BE = self.visits_KE[means.nearest_B].to(probs_BTE.dtype)
         total_B1 = visits_BE.sum(dim=-1, keepdim=True)
         share_B1E = (visits_BE / total_B1.clamp(min=1)).unsqueeze(1)
         beta_B11 = torch.ones_like(total_B1).masked_fill(total_B1 > 0, self.config.beta).unsqueeze(1)
@@ -198,10 +198,10 @@ class Memory:
     def on_task_start(self, task: str) -> None:
         """Fold the past into the weights, which have to be whole; called after they are loaded.
 
-        A task that has seen samples goes on: its past is the one that was loaded.
+        A task that has seen samples and has not ended goes on: its past is the one that was loaded.
         """
         mine = self.means.start(task)
-        if not self.means.counts_K[mine]:
+        if not self.means.counts_K[mine] or any(linear.roles_E.any() for linear in self.linears):
             for linear in self.linears:
                 linear.fold()
 

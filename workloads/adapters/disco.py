@@ -84,7 +84,7 @@ class WeightedSlots(nn.Module):
 
     def forward(self, x_BTI: Tensor) -> Tensor:
         (means,) = self.seen
-        weights_BK = means.weights(self.config.temperature)
+        weights_BK = means.weights_BK
         if self.spot.leads:
             probs_BTE = weights_BK.unsqueeze(1).expand(-1, x_BTI.shape[1], -1)
             means.trace.routes.append(
@@ -104,7 +104,8 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     freeze(model)
     inner: Any = model
     encoder = sentence.load(config.encoder, "adapter.encoder")
-    means = TaskMeans(config.tasks, trace, encoder, inner.model.multi_modal_projector.linear_1.weight.device)
+    device = inner.model.multi_modal_projector.linear_1.weight.device
+    means = TaskMeans(config.tasks, trace, encoder, device, temperature=config.temperature)
     placed = place(model, config.targets, lambda base, spot: WeightedSlots(base, config, means, spot))
     inner.disco_means = means.train(model.training)  # inference goes by this
     means.watch(inner.model.language_model)

@@ -100,7 +100,7 @@ class HideLinear(nn.Module):
     def forward(self, x_BTI: Tensor) -> Tensor:
         (means,) = self.seen
         dropped_BTI = F.dropout(x_BTI, self.config.dropout, self.training) if self.config.dropout else x_BTI
-        weights_BK = means.weights(self.config.temperature) if self.mixes else torch.empty(0)
+        weights_BK = means.weights_BK if self.mixes else torch.empty(0)
         if self.mixes and self.spot.leads:
             probs_BTE = weights_BK.unsqueeze(1).expand(-1, x_BTI.shape[1], -1)
             means.trace.routes.append(
@@ -129,7 +129,9 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     encoder = sentence.load(config.encoder, "adapter.encoder")
     entrance = inner.model.multi_modal_projector.linear_1
     pool = Pool(trace, "mean_valid", model)
-    means = TaskMeans(config.tasks, trace, encoder, entrance.weight.device, pool, entrance.in_features)
+    means = TaskMeans(
+        config.tasks, trace, encoder, entrance.weight.device, pool, entrance.in_features, config.temperature
+    )
     last = max(layer for layer, _ in decoder_blocks(model))
     placed = place(
         model,

@@ -43,19 +43,27 @@ class TaskMeans(nn.Module):
         device: torch.device,
         pool: Pool | None = None,
         image_width: int = 0,
+        temperature: float = 1.0,
     ) -> None:
-        """Without a `pool` texts alone are looked at; `image_width` is that of the features the projector takes."""
+        """Without a `pool` texts alone are looked at; `image_width` is that of the features the projector takes.
+
+        `temperature` is that of the softmax behind the weights.
+        """
         super().__init__()
+        self.temperature = temperature
         self.tasks, self.trace, self.encoder, self.pool = tuple(tasks), trace, encoder, pool
         self.widths = [encoder.width] if pool is None else [encoder.width, image_width]
         for name, shape in (("counts_K", (len(tasks),)), ("sums_KW", (len(tasks), sum(self.widths)))):
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64, device=device))
         self.register_buffer("seen_K", torch.zeros(len(tasks), dtype=torch.bool, device=device))
         self.task: str | None = None
-        # Of the last prompt: its samples' vectors, the tasks that were seen, and the closeness to every task.
+        # Of the last prompt: its samples' vectors, the tasks that were seen, the closeness to every task, its softmax
+        # over temperature, and the closest task; in training all weight is on the task that trains, the closest one.
         self.vectors_BW = torch.empty(0)
         self.known: list[int] = [0]
         self.closeness_BK = torch.empty(0)
+        self.weights_BK = torch.empty(0)
+        self.nearest_B = torch.empty(0, dtype=torch.long)
         self.pending: Tensor | None = None
 
     @property
@@ -77,6 +85,13 @@ class TaskMeans(nn.Module):
         seen = self.seen_K.nonzero()[:, 0].tolist()
         self.known = seen or [0]
         self.closeness_BK = self.closeness(self.vectors_BW)
+        # Once a prompt: every linear reads them, and so does every token that is decoded.
+        if self.training:
+            self.nearest_B = torch.full_like(self.closeness_BK[:, 0], self.current, dtype=torch.long)
+            self.weights_BK = F.one_hot(self.nearest_B, len(self.tasks)).to(self.closeness_BK.dtype)
+        else:
+            self.nearest_B = self.closeness_BK.argmax(dim=-1)
+            self.weights_BK = (self.closeness_BK / self.temperature).softmax(dim=-1)
 
     def closeness(self, vectors_BW: Tensor) -> Tensor:
         """Cosine (B, K) of each sample with every task's mean, mean over text and image; -inf for unseen tasks.
@@ -91,23 +106,9 @@ class TaskMeans(nn.Module):
         known_K[self.known] = True
         return (cosines_BK / len(self.widths)).masked_fill(~known_K, float("-inf"))
 
-    def weights(self, temperature: float) -> Tensor:
-        """Softmax (B, K) of closeness over temperature; in training all weight is on the task that trains."""
-        if self.training:
-            return F.one_hot(self._mine(), len(self.tasks)).to(self.closeness_BK.dtype)
-        return (self.closeness_BK / temperature).softmax(dim=-1)
-
-    def nearest(self) -> Tensor:
-        """The closest task (B) of each sample of the last prompt; in training the one that trains."""
-        return self._mine() if self.training else self.closeness_BK.argmax(dim=-1)
-
     def selected(self) -> list[str]:
         """The name of the closest task of each sample of the last prompt."""
-        return [self.tasks[k] for k in self.nearest().tolist()]
-
-    def _mine(self) -> Tensor:
-        device = self.closeness_BK.device
-        return torch.full((len(self.closeness_BK),), self.current, dtype=torch.long, device=device)
+        return [self.tasks[k] for k in self.nearest_B.tolist()]
 
     def start(self, task: str) -> int:
         """Gather the features of `task` from now on, and count it as seen; its index. Raises UserError if unknown."""
