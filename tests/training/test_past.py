@@ -2,7 +2,9 @@
 
 import copy
 import math
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from workloads.errors import UserError
 from workloads.llava.build import projector_weights
 from workloads.training.batches import Batches
 from workloads.training.loop import Loop
-from workloads.training.past import NO_PAST, Past
+from workloads.training.past import NO_PAST, Past, ewc
 from workloads.training.past.ewc import Anchors, Quadratic, read, squared_gradients
 from workloads.training.past.lwf import Teacher
 
@@ -139,6 +141,32 @@ def test_what_ewc_leaves_behind_is_read_back_exactly_and_only_for_the_same_stage
     with pytest.raises(UserError, match="past.safetensors: cannot be read") as error:
         read(path, 5, ["one", "two"])
     assert "\n" not in str(error.value)
+
+
+def test_the_batches_behind_a_fisher_are_made_one_at_a_time(monkeypatch, tmp_path):
+    alive, most, taken = weakref.WeakSet(), [], []
+
+    class Made:
+        pass
+
+    def make(config, llava, course, slot):
+        batch = Made()
+        alive.add(batch)
+        most.append(len(alive))
+        return batch
+
+    def with_stage(self, stage, llava, attached, trace, batches, total):
+        taken.append((sum(1 for _ in batches), total))
+        return self
+
+    monkeypatch.setattr(ewc, "_batch", make)
+    monkeypatch.setattr(Quadratic, "with_stage", with_stage)
+    stages = [SimpleNamespace(fingerprint=name, folder=tmp_path) for name in "ab"]
+    course = SimpleNamespace(stages=stages, examples=lambda place, num: range(num - place))
+    config = SimpleNamespace(continual=SimpleNamespace(fisher_samples=6))
+    Quadratic.of(config, None, None, None, course, tmp_path)
+    assert taken == [(6, 6), (5, 5)]
+    assert max(most) <= 2
 
 
 def gradients_of(llava, trace, attached, micro_batch, make_past):

@@ -62,9 +62,10 @@ class Quadratic:
         else:
             held = Quadratic(num_samples=num)
         for place in range(len(held.stages), len(names)):
-            batches = [_batch(config, llava, course, slot) for slot in _mine(course.examples(place, num))]
-            total = len(course.examples(place, num))
-            held = held.with_stage(course.stages[place], llava, attached, trace, batches, total)
+            examples = course.examples(place, num)
+            # One at a time: all of them at once may not fit onto the device.
+            batches = (_batch(config, llava, course, slot) for slot in _mine(examples))
+            held = held.with_stage(course.stages[place], llava, attached, trace, batches, len(examples))
         return held
 
     def with_stage(
