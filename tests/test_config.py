@@ -20,6 +20,11 @@ def test_tree_and_config_are_inverse():
     assert (config.seed, config.optim.lr, config.adapter.name) == (3, 0.01, "lora")
 
 
+def test_what_only_ewc_is_refused_for_goes_with_lwf():
+    method = {"name": "cl_moe", "tasks": ["a", "b"]}
+    assert from_tree(changed(continual={"regulariser": "lwf"}, adapter=method)).continual.regulariser == "lwf"
+
+
 def test_configuration_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         from_tree(GOOD).seed = 2
@@ -58,6 +63,10 @@ def test_configuration_is_frozen():
         (
             changed(continual={"regulariser": "lwf"}, execution={"zero_stage": 3}),
             ["execution.zero_stage: 3", "'lwf'"],
+        ),
+        (
+            changed(continual={"regulariser": "ewc"}, adapter={"name": "cl_moe", "tasks": ["a", "b"]}),
+            ["continual.regulariser: 'ewc' is not allowed; none or lwf with cl_moe"],
         ),
         (changed(optim={"lr": "fast"}), ["optim.lr", "fast"]),
         (changed(execution={"zero_stage": 4}), ["execution.zero_stage", "4"]),

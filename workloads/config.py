@@ -217,11 +217,11 @@ def check(config: RunConfig) -> None:
     require(ex.checkpoint_every >= 0, "execution.checkpoint_every", ex.checkpoint_every, "0 or more")
     allowed = f"a multiple of execution.workers ({ex.workers})"
     require(optim.global_batch % ex.workers == 0, "optim.global_batch", optim.global_batch, allowed)
-    _check_continual(config.continual, ex.zero_stage)
+    _check_continual(config.continual, ex.zero_stage, config.adapter)
     config.adapter.check()
 
 
-def _check_continual(own: ContinualConfig, zero_stage: int) -> None:
+def _check_continual(own: ContinualConfig, zero_stage: int, adapter: AdapterConfig) -> None:
     """What the past is made with; under ZeRO-3 no worker holds the weights that EWC and LwF look back with."""
     require(own.weight >= 0, "continual.weight", own.weight, "0 or more")
     allowed = "a whole number of 1 or more"
@@ -231,6 +231,9 @@ def _check_continual(own: ContinualConfig, zero_stage: int) -> None:
     require(0 <= share <= 1, "continual.replay_share", share, "a share from 0 to 1")
     kept = own.replay == "none" or share > 0
     require(kept, "continual.replay_share", share, f"above 0 for continual.replay {own.replay!r}")
+    fits = own.regulariser != "ewc" or adapter.starts_as_saved()
+    allowed = f"none or lwf with {adapter.name}, whose tasks start from other weights than a stage saves"
+    require(fits, "continual.regulariser", own.regulariser, allowed)
     whole = own.regulariser == "none" or zero_stage < 3
     allowed = f"0, 1 or 2 with continual.regulariser {own.regulariser!r}"
     require(whole, "execution.zero_stage", zero_stage, allowed)

@@ -174,6 +174,10 @@ class AdapterConfig:
         """Fields that steer training and leave what given weights compute as it is."""
         return set()
 
+    def starts_as_saved(self) -> bool:
+        """Whether a task starts from the very weights that the stage before it saved; EWC holds weights to those."""
+        return True
+
     def files(self) -> list[Path]:
         """The files that the method starts from; their contents decide numbers, their places do not."""
         return []

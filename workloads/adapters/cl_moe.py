@@ -85,6 +85,10 @@ class Config(AdapterConfig):
         """Fields that steer training and leave what given weights compute as it is."""
         return {"dropout"}
 
+    def starts_as_saved(self) -> bool:
+        """A stage saves its own weights and those from before it; the next one starts from their mixture."""
+        return False
+
     def identity(self) -> dict[str, str]:
         """The content of the sentence encoder."""
         return {"encoder": sentence.content_hash(sentence.find(self.encoder, "adapter.encoder"))}
