@@ -3,6 +3,9 @@
 The run of stage k names the fingerprint of stage k-1's run in `init_from`, so orders and arms with equal beginnings
 share the runs of those stages. An arm `joint` is one run on the data of all stages at once, an arm `alone` one first
 stage for each task: the same run as that of an order which begins with the task.
+
+A method that names its tasks is told the whole order in `adapter.tasks`, which is part of every stage's fingerprint:
+its stages are shared only where whole orders are the same, or where the study gives `adapter.tasks`.
 """
 
 import importlib
@@ -108,7 +111,7 @@ def _chains(line: _Line, stream: Stream, seed: int) -> list[list[Trial]]:
                 total[task] = total.get(task, 0.0) + weight
         return [[_trial(line, seed, Spot(), total, stream.names, "")]]
     if line.kind == "alone":
-        # The others follow in the method's tasks, so that this is the first stage of an order of all.
+        # In a method's tasks the others follow as the study lists them: its run is that of this one whole order alone.
         firsts = [(name, *(other for other in stream.names if other != name)) for name in stream.names]
         return [_chain(line, stream, seed, "", order)[:1] for order in firsts]
     return [_chain(line, stream, seed, order, names) for order, names in stream.orders.items()]
