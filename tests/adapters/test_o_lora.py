@@ -10,6 +10,7 @@ from tests.adapters.decoding import decoded
 from tests.adapters.folder_tools import add_plain, draw
 from workloads.adapters import lora, o_lora
 from workloads.adapters.base import Trace
+from workloads.adapters.parts.slots import SlotLinear
 from workloads.errors import UserError
 
 NAMES = ["general", "document", "biomedical", "maps"]
@@ -30,7 +31,7 @@ def make_linear(num_tasks=3, rank=2, with_past=True, current=0, seed=0, dtype=to
         tasks=NAMES[:num_tasks], rank_per_expert=rank, alpha=3.0, train_with_past=with_past
     )
     base = nn.Linear(5, 4, bias=False, dtype=dtype).requires_grad_(False)
-    linear = o_lora.SlotLinear(base, config)
+    linear = o_lora.adapted(base, config)
     randomise(linear, seed)
     linear.slots.start(current)
     return linear
@@ -98,7 +99,7 @@ def test_a_task_trains_its_own_slot_and_leaves_the_others_bitwise_as_they_were(t
     config = o_lora.Config(tasks=NAMES[:3], rank_per_expert=2)
     attached = o_lora.attach(model, config, Trace())
     randomise(model)
-    o_lora.on_task_start(model, config, "document")
+    attached.on_task_start("document")
     model.train()
     before = {name: w.detach().clone() for name, w in model.named_parameters()}
     trained = [w for w in model.parameters() if w.requires_grad]
@@ -116,13 +117,13 @@ def test_the_penalty_of_the_model_is_the_sum_over_its_linears(tiny_llava, batch)
     config = o_lora.Config(tasks=NAMES[:3], rank_per_expert=2, orthogonality_weight=0.7)
     attached = o_lora.attach(model, config, Trace())
     randomise(model)
-    o_lora.on_task_start(model, config, "biomedical")
+    attached.on_task_start("biomedical")
     for checkpointing in (False, True):
         if checkpointing:
             model.train().activation_checkpointing_enable({"use_reentrant": False})
         loss = model(**batch, use_cache=False).logits.square().mean()
         ours = attached.losses(Trace())["orthogonality_loss"]
-        linears = [m for m in model.modules() if isinstance(m, o_lora.SlotLinear)]
+        linears = [m for m in model.modules() if isinstance(m, SlotLinear)]
         torch.testing.assert_close(ours, 0.7 * slow_penalty(linears, 2), rtol=1e-10, atol=0)
         (loss + ours).backward()
     with torch.no_grad():
@@ -173,7 +174,7 @@ def test_state_names_all_slots_so_that_a_saved_model_has_its_past(tiny_llava, ba
     attached = o_lora.attach(model, config, Trace())
     o_lora.attach(other, config, Trace())
     randomise(model)
-    o_lora.on_task_start(model, config, "document")
+    attached.on_task_start("document")
     saved = {n: w for n, w in model.named_parameters() if w.requires_grad or n in attached.state}
     own = dict(other.named_parameters())
     assert attached.state == {name for name in own if ".slots." in name}
@@ -195,10 +196,9 @@ def test_decoding_with_a_cache_equals_the_full_forward(tiny_llava, batch):
 
 
 def test_an_unknown_task_names_the_nearest(tiny_llava):
-    model, config = tiny_llava(), o_lora.Config(tasks=NAMES)
-    o_lora.attach(model, config, Trace())
+    attached = o_lora.attach(tiny_llava(), o_lora.Config(tasks=NAMES), Trace())
     with pytest.raises(UserError, match="did you mean 'document'"):
-        o_lora.on_task_start(model, config, "documents")
+        attached.on_task_start("documents")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from tests.adapters.streams import TASKS, batch_of, learn, logits, step
 from workloads import adapters
 from workloads.adapters import sefe
 from workloads.adapters.base import Trace
+from workloads.adapters.parts.slots import SlotLinear
 from workloads.errors import UserError
 
 NAMES = ["general", "document", "biomedical", "maps"]
@@ -33,7 +34,7 @@ def factors(slots, k):
 def make_linear(num_tasks=3, rank=2, share=0.3, current=0, seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
     config = sefe.Config(tasks=NAMES[:num_tasks], rank_per_expert=rank, alpha=3.0, marked_share=share)
-    linear = sefe.SlotLinear(nn.Linear(5, 4, bias=False, dtype=dtype).requires_grad_(False), config)
+    linear = sefe.adapted(nn.Linear(5, 4, bias=False, dtype=dtype).requires_grad_(False), config)
     randomise(linear.slots, seed)
     linear.slots.start(current)
     return linear, config
@@ -142,7 +143,7 @@ def attached(tiny_llava, seed=0, **settings_):
 
 def test_a_task_changes_its_own_slot_alone_and_marks_what_was_learned_before_it(tiny_llava):
     model, trace, described = attached(tiny_llava, marked_weight=1.0)
-    linears = {p: m.slots for p, m in model.named_modules() if isinstance(m, sefe.SlotLinear)}
+    linears = {p: m.slots for p, m in model.named_modules() if isinstance(m, SlotLinear)}
     for number, task in enumerate(TASKS):
         before = {name: w.detach().clone() for name, w in model.named_parameters()}
         described.on_task_start(task)
@@ -165,7 +166,7 @@ def test_the_loss_is_the_mean_over_linears(tiny_llava):
     model, trace, described = attached(tiny_llava, marked_weight=0.7)
     learn(model, trace, described, TASKS[:2], lr=0.5)
     described.on_task_start(TASKS[2])
-    linears = [m.slots for m in model.modules() if isinstance(m, sefe.SlotLinear)]
+    linears = [m.slots for m in model.modules() if isinstance(m, SlotLinear)]
     for slots in linears:
         randomise(slots, 3)
         slots.start(2)
@@ -186,7 +187,7 @@ def test_a_heavier_weight_keeps_marked_entries_smaller(tiny_llava):
         model.train()
         for _ in range(20):
             step(model, trace, described, TASKS[1], lr=0.02)
-        linears = [m.slots for m in model.modules() if isinstance(m, sefe.SlotLinear)]
+        linears = [m.slots for m in model.modules() if isinstance(m, SlotLinear)]
         return float(sum(slow_penalty(slots, 1, slots.num_marks) for slots in linears).detach())
 
     assert size(5.0) < 0.6 * size(0.0)

@@ -23,22 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.adapters.base import (
-    ATTENTION,
-    MLP,
-    Attached,
-    Capabilities,
-    Route,
-    Trace,
-    count,
-    decoder_blocks,
-    freeze,
-)
+from workloads.adapters.base import ATTENTION, MLP, Attached, Trace, decoder_blocks, freeze
 from workloads.adapters.parts import slots
 from workloads.adapters.parts.means import TaskMeans
-from workloads.adapters.parts.placing import Spot, check_lora, place
+from workloads.adapters.parts.placing import Spot, place
 from workloads.adapters.parts.pooling import Pool
-from workloads.adapters.parts.tasks import check_tasks
 from workloads.config import AdapterConfig
 from workloads.errors import require
 from workloads.llava import sentence
@@ -78,11 +67,8 @@ class Config(AdapterConfig):
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
-        check_tasks(self.tasks)
-        rank = self.rank_per_expert
-        require(rank >= 1, "adapter.rank_per_expert", rank, "a whole number of 1 or more")
+        slots.check_slots(self.tasks, self.rank_per_expert, self.alpha, self.dropout, self.targets)
         require(self.temperature > 0, "adapter.temperature", self.temperature, "a number above 0")
-        check_lora(self.alpha, self.dropout, self.targets)
 
 
 class HideLinear(nn.Module):
@@ -102,10 +88,7 @@ class HideLinear(nn.Module):
         dropped_BTI = F.dropout(x_BTI, self.config.dropout, self.training) if self.config.dropout else x_BTI
         weights_BK = means.weights_BK if self.mixes else torch.empty(0)
         if self.mixes and self.spot.leads:
-            probs_BTE = weights_BK.unsqueeze(1).expand(-1, x_BTI.shape[1], -1)
-            means.trace.routes.append(
-                Route(layer=self.spot.layer, probs_BTE=probs_BTE, choice_BT=probs_BTE.argmax(dim=-1))
-            )
+            means.trace.routes.append(slots.route(weights_BK, self.spot.layer, x_BTI.shape[1]))
         known = [means.current] if self.training else means.known
         scale = self.config.alpha / self.config.rank_per_expert
         if self.mixes and not self.training:
@@ -138,30 +121,5 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
         config.targets,
         lambda base, spot: HideLinear(base, config, means, spot, mixes=spot.layer == last),
     )
-    inner.hide_means = means.train(model.training)  # inference goes by this
-    means.watch(inner.model.language_model)
-    num_weights = count(model.parameters())
-
-    def on_task_start(task: str) -> None:
-        mine = means.start(task)
-        for linear in placed.values():
-            slots.train_slot(linear, len(config.tasks), mine)
-
-    def losses(trace: Trace) -> dict[str, Tensor]:
-        """No terms; notes on the way what the task's samples look like."""
-        means.note()
-        return {}
-
-    own = {name for path, linear in placed.items() for name in slots.names(linear, path)}
-    return Attached(
-        capabilities=Capabilities(stateful=True, routing="sample"),
-        num_weights=num_weights,
-        num_active=num_weights,
-        losses=losses,
-        state=frozenset(own | {f"hide_means.{name}" for name in means.state_dict()}),
-        on_task_start=on_task_start,
-        selected=means.selected,
-        after_step=means.after_step,
-        as_lora="hide_lora mixes the last block's LoRAs anew for every sample",
-        exported={"sentence_encoder": encoder.described()},
-    )
+    why = "hide_lora mixes the last block's LoRAs anew for every sample"
+    return slots.weighted(model, placed, means, "hide_means", why)

@@ -10,17 +10,17 @@ Differs: `train_with_past` chooses whether past slots take part in training's fo
 Shape letters: B batch, T tokens, R rank of one slot, I inputs, O outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze
+from workloads.adapters.base import ATTENTION, MLP, Attached, Trace, freeze
 from workloads.adapters.parts import slots
-from workloads.adapters.parts.placing import check_lora, place
-from workloads.adapters.parts.tasks import check_tasks, task_index
+from workloads.adapters.parts.placing import place
+from workloads.adapters.parts.slots import SlotLinear, TaskSlots
 from workloads.config import AdapterConfig
 from workloads.errors import require
 
@@ -53,28 +53,18 @@ class Config(AdapterConfig):
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
-        check_tasks(self.tasks)
-        rank, weight = self.rank_per_expert, self.orthogonality_weight
-        require(rank >= 1, "adapter.rank_per_expert", rank, "a whole number of 1 or more")
+        slots.check_slots(self.tasks, self.rank_per_expert, self.alpha, self.dropout, self.targets)
+        weight = self.orthogonality_weight
         require(weight >= 0, "adapter.orthogonality_weight", weight, "0 or more")
-        check_lora(self.alpha, self.dropout, self.targets)
 
 
-class Slots(nn.Module):
-    """The LoRAs of all tasks on one linear; `current` is the slot that trains, those before it are the past."""
+class Slots(TaskSlots):
+    """The slots of one linear, of which the one that trains pays for directions that it shares with the past."""
 
     def __init__(self, base: nn.Linear, config: Config) -> None:
-        super().__init__()
-        self.num_slots = len(config.tasks)
+        super().__init__(base, len(config.tasks), config.rank_per_expert)
         self.with_past = config.train_with_past
         self.penalised = config.orthogonality_weight > 0
-        slots.add_slots(self, base, self.num_slots, config.rank_per_expert)
-        self.current = 0
-
-    def start(self, current: int) -> None:
-        """Train the slot `current` and no other."""
-        self.current = current
-        slots.train_slot(self, self.num_slots, current)
 
     def forward(self, x_BTI: Tensor) -> tuple[Tensor, Tensor | None]:
         """The unscaled update (B, T, O), and in training sum_i sum |A_t A_i^T| over past slots where there are any."""
@@ -92,63 +82,19 @@ class Slots(nn.Module):
         return update_BTO, F.linear(own_RI.to(dtype), past_SI).abs().sum()
 
 
-class SlotLinear(nn.Module):
-    """A frozen linear plus (alpha / R) sum_i B_i A_i dropout(x)."""
-
-    def __init__(self, base: nn.Linear, config: Config) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.slots = Slots(base, config)
-        self.scale, self.dropout = config.alpha / config.rank_per_expert, config.dropout
-        # Of the last forward pass with a gradient; recomputation replaces it after it was read.
-        self.penalty: Tensor | None = None
-
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        dropped_BTI = F.dropout(x_BTI, self.dropout, self.training) if self.dropout else x_BTI
-        update_BTO, self.penalty = self.slots(dropped_BTI)
-        return self.base_layer(x_BTI) + update_BTO * self.scale
-
-
-def on_task_start(model: nn.Module, config: Config, task: str) -> None:
-    """Let the slot of `task` train and freeze all others; called before the optimizer of the task is made.
-
-    Raises `UserError` for a task that is not in `config.tasks`.
-    """
-    current = task_index(config.tasks, task)
-    for module in model.modules():
-        if isinstance(module, Slots):
-            module.start(current)
+def adapted(base: nn.Linear, config: Config) -> SlotLinear:
+    """The linear with its slots."""
+    return SlotLinear(base, Slots(base, config), config.alpha / config.rank_per_expert, config.dropout)
 
 
 def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     """Freeze `model` and put one LoRA slot per task on its target linears; the first slot trains."""
     freeze(model)
-    placed = place(model, config.targets, lambda linear, spot: SlotLinear(linear, config))
-    num_weights = count(model.parameters())
-    names = {name for path, m in placed.items() for name in slots.names(m.slots, f"{path}.slots")}
-
-    def as_lora(task: str | None) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """All slots at once, whatever the task."""
-        with torch.no_grad():
-            return {
-                path: (*slots.stacked(linear.slots, range(linear.slots.num_slots)), linear.scale)
-                for path, linear in placed.items()
-            }
-
-    return Attached(
-        capabilities=Capabilities(mergeable=True, stateful=True),
-        num_weights=num_weights,
-        num_active=num_weights,
-        losses=lambda trace: _losses(list(placed.values()), config),
-        state=frozenset(names),
-        on_task_start=lambda task: on_task_start(model, config, task),
-        as_lora=as_lora,
-    )
+    placed = place(model, config.targets, lambda base, spot: adapted(base, config))
+    return slots.summed(model, placed, config.tasks, lambda trace: _losses(placed.values(), config))
 
 
-def _losses(adapted: list[SlotLinear], config: Config) -> Mapping[str, Tensor]:
+def _losses(linears: Iterable[SlotLinear], config: Config) -> Mapping[str, Tensor]:
     """The weighted penalty summed over linears; none while the first task trains, which has no past."""
-    penalties = [linear.penalty for linear in adapted if linear.penalty is not None]
-    if not penalties:
-        return {}
-    return {"orthogonality_loss": config.orthogonality_weight * torch.stack(penalties).sum()}
+    penalty = slots.penalty(linears)
+    return {} if penalty is None else {"orthogonality_loss": config.orthogonality_weight * penalty}

@@ -18,7 +18,7 @@ Shape letters: B batch, T tokens, R rank of one slot, I inputs, O outputs, K tas
 of all tasks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from workloads.adapters.base import ATTENTION, MLP, Attached, Capabilities, Trace, count, freeze
+from workloads.adapters.base import ATTENTION, MLP, Attached, Trace, freeze
 from workloads.adapters.parts import slots
-from workloads.adapters.parts.placing import check_lora, place
-from workloads.adapters.parts.tasks import check_tasks, task_index
+from workloads.adapters.parts.placing import place
+from workloads.adapters.parts.slots import SlotLinear, TaskSlots
 from workloads.config import AdapterConfig
 from workloads.errors import require
 
@@ -66,12 +66,10 @@ class Config(AdapterConfig):
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
-        check_tasks(self.tasks)
-        rank, share, weight = self.rank_per_expert, self.marked_share, self.marked_weight
-        require(rank >= 1, "adapter.rank_per_expert", rank, "a whole number of 1 or more")
+        slots.check_slots(self.tasks, self.rank_per_expert, self.alpha, self.dropout, self.targets)
+        share, weight = self.marked_share, self.marked_weight
         require(0 < share <= 1, "adapter.marked_share", share, "above 0, up to 1")
         require(weight >= 0, "adapter.marked_weight", weight, "0 or more")
-        check_lora(self.alpha, self.dropout, self.targets)
 
 
 @torch.no_grad()
@@ -134,26 +132,22 @@ def marked_mean(A_RI: Tensor, B_OR: Tensor, places_N: Tensor) -> Tensor:
     return mean
 
 
-class Slots(nn.Module):
-    """The LoRAs of all tasks on one linear and the entries that earlier ones marked; `current` trains."""
+class Slots(TaskSlots):
+    """The slots of one linear and the entries that earlier ones marked."""
 
     marked_N: Tensor
 
     def __init__(self, base: nn.Linear, config: Config) -> None:
-        super().__init__()
-        self.num_slots = len(config.tasks)
+        super().__init__(base, len(config.tasks), config.rank_per_expert)
         self.penalised = config.marked_weight > 0
-        slots.add_slots(self, base, self.num_slots, config.rank_per_expert)
         self.num_marks = max(1, int(config.marked_share * base.in_features * base.out_features))
         # Empty until a task starts that has a past.
         marked_N = torch.empty(0, dtype=torch.int32, device=base.weight.device)
         self.register_buffer("marked_N", marked_N, persistent=False)
-        self.current = 0
 
     def start(self, current: int) -> None:
         """Train the slot `current` and no other; mark what the slots before it have learned, which have to be whole."""
-        self.current = current
-        slots.train_slot(self, self.num_slots, current)
+        super().start(current)
         past = zip(slots.all_A(self, range(current)), slots.all_B(self, range(current)), strict=True)
         marks = [largest_entries(A_RI, B_OR, self.num_marks).int() for A_RI, B_OR in past if B_OR.any()]
         self.marked_N = torch.cat([self.marked_N[:0], *marks])
@@ -169,58 +163,19 @@ class Slots(nn.Module):
         return update_BTO, marked_mean(A_RI, B_OR, self.marked_N)
 
 
-class SlotLinear(nn.Module):
-    """A frozen linear plus (alpha / R) sum_k B_k A_k dropout(x)."""
-
-    def __init__(self, base: nn.Linear, config: Config) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.slots = Slots(base, config)
-        self.scale, self.dropout = config.alpha / config.rank_per_expert, config.dropout
-        # Of the last forward pass with a gradient; recomputation replaces it after it was read.
-        self.penalty: Tensor | None = None
-
-    def forward(self, x_BTI: Tensor) -> Tensor:
-        dropped_BTI = F.dropout(x_BTI, self.dropout, self.training) if self.dropout else x_BTI
-        update_BTO, self.penalty = self.slots(dropped_BTI)
-        return self.base_layer(x_BTI) + update_BTO * self.scale
+def adapted(base: nn.Linear, config: Config) -> SlotLinear:
+    """The linear with its slots."""
+    return SlotLinear(base, Slots(base, config), config.alpha / config.rank_per_expert, config.dropout)
 
 
 def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     """Freeze `model` and put one LoRA slot per task on its target linears; the first slot trains."""
     freeze(model)
-    placed = place(model, config.targets, lambda base, spot: SlotLinear(base, config))
-    num_weights = count(model.parameters())
-    own = {name for path, linear in placed.items() for name in slots.names(linear.slots, f"{path}.slots")}
-
-    def on_task_start(task: str) -> None:
-        """Mark the past and let the slot of `task` train; raises UserError on an unknown task."""
-        current = task_index(config.tasks, task)
-        for linear in placed.values():
-            linear.slots.start(current)
-
-    def as_lora(task: str | None) -> Mapping[str, tuple[Tensor, Tensor, float]]:
-        """All slots at once, whatever the task."""
-        with torch.no_grad():
-            return {
-                path: (*slots.stacked(linear.slots, range(linear.slots.num_slots)), linear.scale)
-                for path, linear in placed.items()
-            }
-
-    return Attached(
-        capabilities=Capabilities(mergeable=True, stateful=True),
-        num_weights=num_weights,
-        num_active=num_weights,
-        losses=lambda trace: _losses(list(placed.values()), config),
-        state=frozenset(own),
-        on_task_start=on_task_start,
-        as_lora=as_lora,
-    )
+    placed = place(model, config.targets, lambda base, spot: adapted(base, config))
+    return slots.summed(model, placed, config.tasks, lambda trace: _losses(placed.values(), config))
 
 
-def _losses(adapted: list[SlotLinear], config: Config) -> Mapping[str, Tensor]:
+def _losses(linears: Collection[SlotLinear], config: Config) -> Mapping[str, Tensor]:
     """The weighted penalty, a mean over linears; none while the first task trains, which has no past."""
-    penalties = [linear.penalty for linear in adapted if linear.penalty is not None]
-    if not penalties:
-        return {}
-    return {"marked_loss": config.marked_weight * torch.stack(penalties).sum() / len(adapted)}
+    penalty = slots.penalty(linears)
+    return {} if penalty is None else {"marked_loss": config.marked_weight * penalty / len(linears)}
