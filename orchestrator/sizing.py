@@ -51,11 +51,13 @@ def sizing(study: Study) -> Sizing:
             text = f"{footprint.memory(chosen, count).total / 1e9:.2f}"
             cells.append(f"[bold]{text}[/bold]" if chosen == config else text)
         out.add_row(str(stage), *cells)
-    adapter, checkpoints = footprint.disk(config, count)
+    adapter, checkpoints = map(
+        max, zip(*(footprint.disk(arms[arm], sizes[arm]) for arm in arms), strict=True)
+    )
     lines = [
         _as_set(config, footprint.memory(config, count)),
         f"weights: {count.trained / 1e6:.2f} M train, {count.frozen / 1e6:.2f} M are frozen",
-        f"disk: an adapter of {_bytes(adapter)} a run; checkpoints of {_bytes(checkpoints)} while it trains",
+        f"disk: an adapter of at most {_bytes(adapter)} a run; checkpoints of {_bytes(checkpoints)} while it trains",
     ]
     a100, h100 = (
         sum(footprint.hours(t.config, sizes[t.arm], samples(t.config), gpu) for t in trials)

@@ -2,15 +2,18 @@
 
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.training.runs import do, small
-from workloads import footprint, record
+from tests.llava.sentences import write_encoder
+from tests.training.runs import MIX, do, do_stages, small, stages
+from workloads import adapters, footprint, record
 from workloads.adapters.base import Trace
 from workloads.config import from_tree
 from workloads.errors import UserError
+from workloads.identity import fingerprint
 from workloads.llava.build import build
 from workloads.run import _attached
 
@@ -81,6 +84,8 @@ def test_a_worker_of_the_7b_model_holds_what_zero_shares(stage, dtype, seven):
         weights /= 8
     if stage == 0 and dtype == "fp32":
         weights -= 4 * trained
+    # Nobody shares buffers: 577 positions of the tower, the rotary embedding's 64 frequencies and what they were.
+    weights += 577 * 8 + 2 * 64 * width
     assert found.weights == pytest.approx(weights, rel=1e-6)
     assert found.gradients == pytest.approx(gradients, rel=1e-6)
     assert found.optimizer == pytest.approx(optimizer, rel=1e-6)
@@ -205,6 +210,67 @@ def test_the_flops_are_those_of_the_products(seven):
     assert footprint.flops(again, sizes, 3) == pytest.approx(3 * (6 * 6.6e9 * 1000 + tower), rel=0.01)
     one, eight = (footprint.hours(c, sizes, 10**6, "A100") for c in (config, again))
     assert one / eight == pytest.approx(8 * 4 / 6, rel=0.01)
+
+
+TASKS = list(MIX)
+# Methods that keep frozen weights, buffers of the model's dtype, or whole numbers; and two that keep nothing.
+KEEPING = {
+    "lora": {"rank": 2},
+    "mole": {"rank_per_expert": 2},
+    "smora": {"rank_total": 4, "top_k": 2},
+    "branch_lora": {"rank_total": 8, "num_branches": 4},
+    "o_lora": {"rank_per_expert": 2, "tasks": TASKS},
+    "sefe": {"rank_per_expert": 2, "tasks": TASKS},
+    "hide_lora": {"rank_per_expert": 2, "tasks": TASKS},
+    "disco": {"rank_per_expert": 2, "tasks": TASKS},
+    "cl_moe": {"rank_total": 4, "tasks": TASKS},
+    "modal_prompt": {"prompt_length": 2, "tasks": TASKS},
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    return str(write_encoder(tmp_path_factory.mktemp("encoder")))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", KEEPING)
+def test_an_adapter_is_all_that_its_folder_holds_and_buffers_are_counted(name, dtype, encoder):
+    fields = {"name": name, **KEEPING[name]}
+    if name in ("hide_lora", "disco", "cl_moe", "modal_prompt"):
+        fields["encoder"] = encoder
+    config = of("pocket", fields, optim={"dtype": dtype}, execution={"checkpoint_every": 4})
+    llava = build(config.model, dtype)
+    attached = _attached(config, llava, Trace())
+    sizes, own = footprint.counts(config), 0
+    for weight in adapters.weights_of(llava.model, attached).values():
+        own += weight.numel() * weight.element_size()
+    trained = sum(weight.numel() for weight in llava.model.parameters() if weight.requires_grad)
+    assert footprint.disk(config, sizes) == (own, 2 * (own + 12 * trained))
+    buffers = [b.numel() * (4 if b.is_floating_point() else b.element_size()) for b in llava.model.buffers()]
+    assert sizes.buffers.bytes("fp32") == sum(buffers)
+    held = footprint.memory(config, sizes).weights
+    bare = replace(sizes, buffers=footprint.Tensors(numbers=0, fixed=0), formed=0)
+    assert held - footprint.memory(config, bare).weights == sizes.buffers.bytes(dtype) + sizes.formed
+
+
+def test_every_stage_of_a_stream_leaves_the_formulas_bytes_on_disk(encoder, tmp_path):
+    configs = stages(
+        {name: {name: 1.0} for name in TASKS}, {}, "hide_lora",
+        adapter_fields={"tasks": TASKS, "encoder": encoder}, data={"samples": 8}, eval={"samples": 1},
+    )  # fmt: skip
+    do_stages(configs, tmp_path)
+    sizes = set()
+    for config in configs:
+        file = tmp_path / fingerprint(config) / record.ADAPTER / "adapter_model.safetensors"
+        content = file.read_bytes()
+        # A safetensors file is the length of its header in 8 bytes, the header with names and shapes, and the numbers.
+        numbers = len(content) - 8 - int.from_bytes(content[:8], "little")
+        assert footprint.disk(config, footprint.counts(config)) == (numbers, 0)
+        sizes.add(numbers)
+    assert len(sizes) == 1
+    # One slot of three and the projector train.
+    assert sizes.pop() > 4 * footprint.counts(configs[0]).trained
 
 
 def test_next_checkpoints_and_folders_without_a_config_are_told(tmp_path):

@@ -4,7 +4,7 @@ Bytes of one worker, with b bytes a number of the model's dtype, F frozen and P 
 (d_kv of keys), hidden width f, H heads, L blocks, vocabulary V, n tokens of a micro-batch whose samples are all as long
 as `data.max_length`, and R the rank of the plain LoRA that has as many weights as the method:
 
-  weights      b (F + P), shared by W under ZeRO-3
+  weights      b (F + P), shared by W under ZeRO-3; and the model's buffers, whole, with what starts of tasks form
   optimizer    12 P, shared by W from ZeRO-1 on: fp32 weights and AdamW's two moments (in fp32 without ZeRO the model's
                own weights, which count here alone)
   gradients    b P, shared by W from ZeRO-2 on; in bf16 also their fp32 copy in the step, 4 P, shared from ZeRO-1 on
@@ -20,9 +20,13 @@ Source:  Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3, for what is
          activations are what autograd saves of a Llama block with frozen linears and attention that keeps no scores.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from workloads import adapters
 from workloads.adapters.base import count
 from workloads.adapters.parts import iso
 from workloads.config import RunConfig
@@ -38,6 +42,18 @@ UTILISATION = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """Parameters or buffers: numbers in the model's dtype, and bytes of those whose size is their own."""
+
+    numbers: int
+    fixed: int
+
+    def bytes(self, dtype: str) -> int:
+        """What they take in a model of this dtype."""
+        return BYTES[dtype] * self.numbers + self.fixed
+
+
+@dataclass(frozen=True, kw_only=True)
 class Counts:
     """Numbers of weights, and the sizes that the formulas take."""
 
@@ -47,6 +63,10 @@ class Counts:
     active: int
     language: int
     tower: int
+    # What an adapter's folder holds, the model's buffers, and bytes of those that have no size before a task starts.
+    saved: Tensors
+    buffers: Tensors
+    formed: int
     # Rank of the plain LoRA with as many weights as the adapter.
     rank: int
     width: int
@@ -92,6 +112,8 @@ def counts(config: RunConfig) -> Counts:
     if config.model.vce:
         vce.attach(model, config.model.vce_levels, config.model.vce_heads, config.model.vce_points)
     trained = count(model.parameters())
+    buffers = dict(model.named_buffers())
+    own = {**dict(model.named_parameters()), **buffers}
     text, vision = shape.text_config, shape.vision_config
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Counts(
@@ -100,6 +122,9 @@ def counts(config: RunConfig) -> Counts:
         active=trained - attached.num_weights + attached.num_active,
         language=language,
         tower=tower,
+        saved=_tensors(own[name] for name in adapters.saved_names(model, attached)),
+        buffers=_tensors(buffers.values()),
+        formed=attached.formed,
         rank=iso.rank_of(shape, attached.num_weights),
         width=text.hidden_size,
         hidden=text.intermediate_size,
@@ -112,6 +137,17 @@ def counts(config: RunConfig) -> Counts:
     )
 
 
+def _tensors(found: Iterable[Tensor]) -> Tensors:
+    """Whole numbers and truth values keep their size in any model."""
+    numbers = fixed = 0
+    for tensor in found:
+        if tensor.is_floating_point():
+            numbers += tensor.numel()
+        else:
+            fixed += tensor.numel() * tensor.element_size()
+    return Tensors(numbers=numbers, fixed=fixed)
+
+
 def memory(config: RunConfig, sizes: Counts) -> Memory:
     """What one worker of a run with these settings holds, where every sample is as long as it may be."""
     execution, dtype = config.execution, config.optim.dtype
@@ -120,8 +156,9 @@ def memory(config: RunConfig, sizes: Counts) -> Memory:
     own_masters = dtype == "fp32" and stage == 0
     everything = sizes.frozen + P
     gathered = min(_GATHERED, everything) if stage == 3 else 0
+    kept = sizes.buffers.bytes(dtype) + sizes.formed
     return Memory(
-        weights=b * (sizes.frozen if own_masters else everything) // over[3],
+        weights=b * (sizes.frozen if own_masters else everything) // over[3] + kept,
         optimizer=12 * P // over[1],
         gradients=b * P // over[2] + (4 * P // over[1] if dtype == "bf16" else 0),
         buffers=b * ((_BUCKET if stage >= 1 else 0) + gathered),
@@ -163,8 +200,11 @@ def _answers(config: RunConfig, sizes: Counts) -> int:
 
 
 def disk(config: RunConfig, sizes: Counts) -> tuple[int, int]:
-    """Bytes of a finished run's adapter, and of a checkpoint beside the one before while it is written."""
-    adapter = BYTES[config.optim.dtype] * sizes.trained
+    """Bytes of a finished run's adapter, and of a checkpoint beside the one before while it is written.
+
+    An adapter is all that its folder holds, also what no longer trains or never did, but for names and shapes.
+    """
+    adapter = sizes.saved.bytes(config.optim.dtype)
     return adapter, 2 * (adapter + 12 * sizes.trained) if config.execution.checkpoint_every else 0
 
 

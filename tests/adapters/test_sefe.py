@@ -202,6 +202,17 @@ def test_slots_that_learned_nothing_mark_nothing(tiny_llava):
             assert module.marked_N.dtype == torch.int32
 
 
+def test_it_says_how_many_bytes_the_marks_of_the_last_task_take(tiny_llava):
+    model, _, described = attached(tiny_llava)
+    found = [module for module in model.modules() if isinstance(module, sefe.Slots)]
+    for slots in found:
+        randomise(slots)
+    described.on_task_start(TASKS[2])
+    assert described.formed == sum(len(slots.marked_N) * slots.marked_N.element_size() for slots in found)
+    one = sefe.attach(tiny_llava(), sefe.Config(tasks=["a"], rank_per_expert=2), Trace())
+    assert one.formed == 0
+
+
 def test_merged_it_gives_equal_answers(tiny_llava):
     model, trace, described = attached(tiny_llava)
     learn(model, trace, described, lr=0.5)

@@ -106,6 +106,8 @@ class Attached:
     losses: Callable[[Trace], Mapping[str, Tensor]] = lambda trace: {}
     # Names (in the model) of parameters and buffers that are saved and restored though they are not trained.
     state: frozenset[str] = frozenset()
+    # Bytes of buffers, beyond those that the fresh method has, when the last of its tasks trains.
+    formed: int = 0
     # Where tasks are learned in order: called with a task's name before its optimizer is made, and after its training.
     on_task_start: Callable[[str], None] = lambda task: None
     on_task_end: Callable[[str], None] = lambda task: None

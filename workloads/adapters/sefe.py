@@ -19,7 +19,7 @@ of all tasks.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,11 @@ def marked_mean(A_RI: Tensor, B_OR: Tensor, places_N: Tensor) -> Tensor:
     return mean
 
 
+def marks_of(base: nn.Linear, config: Config) -> int:
+    """How many of a linear's entries a task marks."""
+    return max(1, int(config.marked_share * base.in_features * base.out_features))
+
+
 class Slots(TaskSlots):
     """The slots of one linear and the entries that earlier ones marked."""
 
@@ -140,7 +145,7 @@ class Slots(TaskSlots):
     def __init__(self, base: nn.Linear, config: Config) -> None:
         super().__init__(base, len(config.tasks), config.rank_per_expert)
         self.penalised = config.marked_weight > 0
-        self.num_marks = max(1, int(config.marked_share * base.in_features * base.out_features))
+        self.num_marks = marks_of(base, config)
         # Empty until a task starts that has a past.
         marked_N = torch.empty(0, dtype=torch.int32, device=base.weight.device)
         self.register_buffer("marked_N", marked_N, persistent=False)
@@ -172,7 +177,9 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     """Freeze `model` and put one LoRA slot per task on its target linears; the first slot trains."""
     freeze(model)
     placed = place(model, config.targets, lambda base, spot: adapted(base, config))
-    return slots.summed(model, placed, config.tasks, lambda trace: _losses(placed.values(), config))
+    summed = slots.summed(model, placed, config.tasks, lambda trace: _losses(placed.values(), config))
+    marks = sum(marks_of(linear.base_layer, config) for linear in placed.values())
+    return replace(summed, formed=(len(config.tasks) - 1) * marks * torch.int32.itemsize)
 
 
 def _losses(linears: Collection[SlotLinear], config: Config) -> Mapping[str, Tensor]:
