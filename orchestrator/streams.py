@@ -67,11 +67,13 @@ def _line(study: Study, stream: Stream, arm: Arm, point: Mapping[str, Any]) -> _
         _check_tasks(stream, sources.of(data).domains("train"))
         put(tree, "data.mixture", dict(stream.stages[0].mixture))
         given = _given_tasks(study, arm, rounded, method)
+        # A run of all stages at once is no stage: its samples are told by their domains.
+        names = _domains(stream) if arm.stream == "joint" else stream.names
         takes_order = not given and _has_tasks(method)
         if given or takes_order:
-            put(tree, "adapter.tasks", given or list(stream.names))
+            put(tree, "adapter.tasks", given or list(names))
         config = from_tree(tree)
-        for task in stream.names if given else ():
+        for task in stream.names if given and arm.stream != "joint" else ():
             allowed = f"it has to name every stage; {task!r} is missing"
             require(task in given, "adapter.tasks", given, allowed)
     return _Line(arm=name, kind=arm.stream, point=rounded, config=config, takes_order=takes_order)
@@ -105,16 +107,26 @@ def _has_tasks(method: str) -> bool:
 def _chains(line: _Line, stream: Stream, seed: int) -> list[list[Trial]]:
     """The runs of one line and seed; each chain is a list in which every run starts from the one before."""
     if line.kind == "joint":
-        total: dict[str, float] = {}
-        for stage in stream.stages:
-            for task, weight in stage.mixture.items():
-                total[task] = total.get(task, 0.0) + weight
-        return [[_trial(line, seed, Spot(), total, stream.names, "")]]
+        return [[_trial(line, seed, Spot(), _together(stream), _domains(stream), "")]]
     if line.kind == "alone":
         # In a method's tasks the others follow as the study lists them: its run is that of this one whole order alone.
         firsts = [(name, *(other for other in stream.names if other != name)) for name in stream.names]
         return [_chain(line, stream, seed, "", order)[:1] for order in firsts]
     return [_chain(line, stream, seed, order, names) for order, names in stream.orders.items()]
+
+
+def _together(stream: Stream) -> dict[str, float]:
+    """The mixture of all stages: each domain with its weights' sum."""
+    total: dict[str, float] = {}
+    for stage in stream.stages:
+        for task, weight in stage.mixture.items():
+            total[task] = total.get(task, 0.0) + weight
+    return total
+
+
+def _domains(stream: Stream) -> Names:
+    """The domains that the stages train on, in the stages' order."""
+    return tuple(domain for domain, weight in _together(stream).items() if weight > 0)
 
 
 def _chain(line: _Line, stream: Stream, seed: int, order: str, names: Names) -> list[Trial]:

@@ -190,6 +190,10 @@ class AdapterConfig:
         """Field -> hash of what its path leads to, beyond `files`; enters the fingerprint in place of the path."""
         return {}
 
+    def told_tasks(self) -> Literal["never", "in training", "always"]:
+        """When the method has to be told the task of every sample, one of its `tasks`."""
+        return "never"
+
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
 

@@ -245,6 +245,14 @@ def test_who_needs_no_task_id_gives_the_same_whatever_it_is(config, tiny_llava, 
         trace.clear()
 
 
+def test_who_needs_a_task_id_says_so_before_there_is_a_model(config, tiny_llava):
+    """A study is refused by what the configuration says, not by what the attached method meets."""
+    _, _, described = attached(tiny_llava, config)
+    can = described.capabilities
+    said = "always" if can.needs_task_id_infer else "in training" if can.needs_task_id_train else "never"
+    assert config.told_tasks() == said
+
+
 # Another value for every setting that a method may say steers training alone; one of a choice is told apart below.
 OTHERWISE = {
     "align_weight": 3.0,

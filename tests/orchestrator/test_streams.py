@@ -161,6 +161,59 @@ def test_a_method_is_told_the_tasks_in_the_order_that_it_learns_them_in(expand):
     assert all(to_tree(t.config)["adapter"]["tasks"] == chosen for t in fixed)
 
 
+def test_a_run_of_all_stages_at_once_is_told_its_domains_as_tasks(expand):
+    joint = {"joint": {"method": "moa", "stream": "joint"}}
+    mixed = [{"name": "mix", "mixture": {"document": 1.0, "general": 0.5, "biomedical": 0.0}}, "general"]
+    (trial,) = expand(arms=joint, stream={"stages": mixed})
+    assert to_tree(trial.config)["adapter"]["tasks"] == ["document", "general"]
+    (plain,) = expand(arms=joint)
+    assert to_tree(plain.config)["adapter"]["tasks"] == TASKS
+    chosen = {"joint": {**joint["joint"], "set": {"adapter.tasks": [*TASKS[::-1], "more"]}}}
+    (trial,) = expand(arms=chosen, stream={"stages": mixed})
+    assert to_tree(trial.config)["adapter"]["tasks"] == [*TASKS[::-1], "more"]
+
+
+TOLD = ["more", "mtl_lora"]
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_a_stage_counts_what_it_is_not_told_of_as_its_own_task(expand, method):
+    mixed = [{"name": "mix", "mixture": {"document": 1.0, "general": 0.5}}]
+    assert len(expand(arms={method: {}}, stream={"stages": mixed})) == 1
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_what_is_answered_without_a_stage_has_to_be_one_of_the_tasks(expand, method):
+    """biomedical is scored, since all domains are, and never trained."""
+    arms = {"all_at_once": {"method": method, "stream": "joint"}}
+    stream = {"stages": ["general", "document"]}
+    with pytest.raises(UserError) as caught:
+        expand(arms=arms, stream=stream)
+    assert str(caught.value) == (
+        f"arm all_at_once: eval.domains: 'biomedical' is not allowed; {method} is told each sample's task, "
+        "one of adapter.tasks: general, document; name it there or leave it out"
+    )
+    named = {"all_at_once": {**arms["all_at_once"], "set": {"adapter.tasks": TASKS}}}
+    left_out = {"all_at_once": {**arms["all_at_once"], "set": {"eval.domains": ["document"]}}}
+    for mended in (named, left_out):
+        assert len(expand(arms=mended, stream=stream)) == 1
+
+
+@pytest.mark.parametrize("method", [*TOLD, "moa"])
+def test_what_is_trained_without_a_stage_has_to_be_one_of_the_tasks(expand, method):
+    arms = {"joint": {"method": method, "stream": "joint", "set": {"adapter.tasks": ["general", "mix"]}}}
+    stages = ["general", {"name": "mix", "mixture": {"document": 1.0}}]
+    with pytest.raises(
+        UserError, match=r"^arm joint: data.mixture: 'document' is not allowed; .*general, mix$"
+    ):
+        expand(arms=arms, stream={"stages": stages}, set={"eval.domains": ["general"]})
+
+
+def test_who_goes_without_tasks_at_inference_is_scored_on_what_was_never_trained(expand):
+    arms = {"joint": {"method": "moa", "stream": "joint"}, "o_lora": {"stream": "joint"}}
+    assert len(expand(arms=arms, stream={"stages": ["general", "document"]})) == 2
+
+
 def test_a_grid_makes_chains_of_its_own(expand):
     trials = expand(grid={"optim.lr": [0.1, 0.2]}, stream={"orders": ["given", "reversed"]})
     chains = _chains(trials)

@@ -18,7 +18,7 @@ Shape letters: B batch, T tokens, K tasks, L linears, N branches, R rank, I inpu
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -77,10 +77,12 @@ class Config(AdapterConfig):
 
     def identity(self) -> dict[str, str]:
         """The content of the sentence encoder, where one is used."""
-        used = self.task_routers
-        return {
-            "encoder": sentence.content_hash(sentence.find(self.encoder, "adapter.encoder")) if used else ""
-        }
+        folder = sentence.find(self.encoder, "adapter.encoder") if self.task_routers else None
+        return {"encoder": sentence.content_hash(folder) if folder else ""}
+
+    def told_tasks(self) -> Literal["never", "in training", "always"]:
+        """Keys and routers learn from tasks; the selector goes without them."""
+        return "in training" if self.task_routers else "never"
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
@@ -270,7 +272,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     own = [f"{path}.{name}" for path, m in placed.items() for name, _ in m.named_parameters(recurse=False)]
     return Attached(
         capabilities=Capabilities(
-            needs_task_id_train=config.task_routers,
+            needs_task_id_train=config.told_tasks() != "never",
             stateful=True,
             routing="sample",
             router_hears_task_loss=hears,

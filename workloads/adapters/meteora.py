@@ -17,6 +17,7 @@ Shape letters: B batch, T tokens, E LoRAs, R rank, I inputs, O outputs.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,10 @@ class Config(AdapterConfig):
         """Fields that steer training; all router gradients but `dense` have the same values."""
         same_values = {"router_grad"} if self.router_grad != "dense" else set()
         return {"folders", "drop_projectors", "gate_weight"} | same_values
+
+    def told_tasks(self) -> Literal["never", "in training", "always"]:
+        """The gates learn from tasks, and go without them."""
+        return "in training" if self.gate_weight > 0 else "never"
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
@@ -168,7 +173,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
     task_ids = TaskIds(trace, config.tasks)
     return Attached(
         capabilities=Capabilities(
-            needs_task_id_train=config.gate_weight > 0,
+            needs_task_id_train=config.told_tasks() != "never",
             stateful=True,
             routing="token",
             router_hears_task_loss=config.hears(),

@@ -15,6 +15,7 @@ Shape letters: B batch, T tokens, D width, E domains, R rank, I inputs, O output
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,10 @@ class Config(AdapterConfig):
         """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
         start = {"folders", "drop_projectors", "train_loras"}
         return {"dropout", "domain_weight"} | start | routing.same_values(self.router_grad)
+
+    def told_tasks(self) -> Literal["never", "in training", "always"]:
+        """The routers learn from domains, and go without them."""
+        return "in training" if self.domain_weight > 0 else "never"
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""
@@ -220,7 +225,7 @@ def attach(model: nn.Module, config: Config, trace: Trace) -> Attached:
 
     return Attached(
         capabilities=Capabilities(
-            needs_task_id_train=config.domain_weight > 0,
+            needs_task_id_train=config.told_tasks() != "never",
             mergeable=True,
             stateful=not config.train_loras,
             routing="sequence",

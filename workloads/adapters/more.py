@@ -16,6 +16,7 @@ Shape letters: B batch, T tokens, N tasks, R rank, I inputs, O outputs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,10 @@ class Config(AdapterConfig):
     def training_only(self) -> set[str]:
         """Fields that steer training; `hard` and `straight_through` differ in their gradients alone."""
         return {"dropout", "contrast_weight", "contrast_temperature"} | routing.same_values(self.router_grad)
+
+    def told_tasks(self) -> Literal["never", "in training", "always"]:
+        """Every sample is computed with its task's rank."""
+        return "always"
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""

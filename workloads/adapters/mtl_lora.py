@@ -13,6 +13,7 @@ Shape letters: B batch, T tokens, N tasks, E B's, R rank, I inputs, O outputs.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,10 @@ class Config(AdapterConfig):
     def training_only(self) -> set[str]:
         """Fields that steer training and leave what given weights compute as it is."""
         return {"dropout"}
+
+    def told_tasks(self) -> Literal["never", "in training", "always"]:
+        """Every sample is computed with its task's matrix and mixture."""
+        return "always"
 
     def check(self) -> None:
         """Raise `UserError` on values out of range."""

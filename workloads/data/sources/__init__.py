@@ -93,7 +93,7 @@ def evaluated(config: RunConfig) -> list[str]:
 
 
 def check(config: RunConfig) -> None:
-    """Raise `UserError` on unknown sources and domains and on budgets larger than the data."""
+    """Raise `UserError` on unknown sources and domains, on budgets larger than the data, and on tasks untold."""
     source, data = of(config.data), config.data
     require_known("data.mixture.", data.mixture, source.domains("train"))
     used = mixture.domains(data)
@@ -105,3 +105,23 @@ def check(config: RunConfig) -> None:
         size = source.size(domain, config.eval.split)
         allowed = f"{domain} has {size} in its {config.eval.split} split"
         require(config.eval.samples <= size, "eval.samples", config.eval.samples, allowed)
+    _check_told(config)
+
+
+def _check_told(config: RunConfig) -> None:
+    """Raise `UserError` where a method has to be told the task of a sample that is none of its tasks.
+
+    In a stage of a stream, samples of other domains count as the stage's task: `lineage.with_tasks`.
+    """
+    when = config.adapter.told_tasks()
+    if when == "never":
+        return
+    tasks: list[str] = getattr(config.adapter, "tasks", [])
+    known = f"{config.adapter.name} is told each sample's task, one of adapter.tasks: {', '.join(tasks)}"
+    if own := config.continual.task:
+        require(own in tasks, "continual.task", own, known, tasks)
+        return
+    for domain in mixture.domains(config.data):
+        require(domain in tasks, "data.mixture", domain, known, tasks)
+    for domain in evaluated(config) if when == "always" else ():
+        require(domain in tasks, "eval.domains", domain, f"{known}; name it there or leave it out", tasks)
