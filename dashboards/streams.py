@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from dashboards.results import BOUNDS, StudyResults, TrialState
 from workloads.errors import UserError
-from workloads.evaluation.continual import Cells, Matrix
-from workloads.record import RunRecord, Scale, mean_over
+from workloads.evaluation.continual import Cells, Matrix, Parts, assembled, by_task, never_trained
+from workloads.record import RunRecord, Scale
 
 # Task or domain -> score.
 Scores = Mapping[str, float | None]
@@ -95,10 +95,8 @@ def stream_of(results: StudyResults) -> Stream | None:
         return None
     _check_items(results)
     parts = {t.task: t.domains or (t.task,) for t in results.trials if t.stage}
-    learned = {domain for domains in parts.values() for domain in domains}
     records = results.records.values()
-    # A domain that is no stage's, but has the name of one, could not be told apart from it.
-    never = tuple(dict.fromkeys(d for run in records for d in run.scores if d not in learned | set(parts)))
+    never = never_trained(parts, (run.scores for run in records))
     first = [trial for trial in staged if trial.order == staged[0].order]
     tasks = dict.fromkeys(trial.task for trial in sorted(first, key=lambda trial: trial.stage))
     parts |= {domain: (domain,) for domain in never}
@@ -115,7 +113,7 @@ def stream_of(results: StudyResults) -> Stream | None:
     by_key: dict[tuple[str, str, int], list[TrialState]] = {}
     for trial in staged:
         by_key.setdefault((trial.arm, trial.order, trial.seed), []).append(trial)
-    chains = tuple(_chain(found, trials, results.records, parts) for trials in by_key.values())
+    chains = tuple(_chain(found, trials, results, parts) for trials in by_key.values())
     return replace(found, chains=chains)
 
 
@@ -136,14 +134,15 @@ def missing_lines(stream: Stream, most: int = 20) -> list[str]:
 def _chain(
     stream: Stream,
     trials: Sequence[TrialState],
-    records: Mapping[str, RunRecord],
-    parts: Mapping[str, Sequence[str]],
+    results: StudyResults,
+    parts: Parts,
 ) -> Chain:
     trials = sorted(trials, key=lambda trial: trial.stage)
     tasks = tuple(trial.task for trial in trials)
-    runs = tuple(records.get(trial.fingerprint) for trial in trials)
-    rows = tuple(run and tuple(mean_over(run.scores, parts[task]) for task in tasks) for run in runs)
-    never = tuple(run and tuple(mean_over(run.scores, [domain]) for domain in stream.never) for run in runs)
+    learned = {task: parts[task] for task in tasks}
+    others = {domain: [domain] for domain in stream.never}
+    runs = tuple(results.records.get(trial.fingerprint) for trial in trials)
+    rows = tuple(run and tuple(by_task(run.scores, learned).values()) for run in runs)
     head = Chain(
         arm=trials[0].arm,
         order=trials[0].order,
@@ -151,20 +150,15 @@ def _chain(
         tasks=tasks,
         runs=runs,
         rows=rows,
-        never=never,
+        never=tuple(run and tuple(by_task(run.scores, others).values()) for run in runs),
         before=None,
         matrix=None,
         missing=_missing(trials, rows),
     )
     scores = stream.bound("before", head)
     before = tuple(scores.get(task) for task in tasks) if scores else None
-    whole = None
-    if not head.missing:
-        columns = dict(zip(stream.never, zip(*(cells or () for cells in never), strict=True), strict=False))
-        lines = tuple(row for row in rows if row)
-        # Scores on several scales have no mean, so they are no part of what means are taken of.
-        never_trained = columns if stream.never_scale else {}
-        whole = Matrix(tasks=tasks, rows=lines, before=before, never_trained=never_trained)
+    done = [run.scores for run in runs if run]
+    whole = None if head.missing else assembled(learned, done, scores or None, stream.never)
     return replace(head, before=before, matrix=whole)
 
 
@@ -185,9 +179,7 @@ def _missing(trials: Sequence[TrialState], rows: Sequence[Cells | None]) -> str:
     return ""
 
 
-def _bound(
-    results: StudyResults, role: str, parts: Mapping[str, Sequence[str]]
-) -> dict[str, dict[int, Scores]]:
+def _bound(results: StudyResults, role: str, parts: Parts) -> dict[str, dict[int, Scores]]:
     """Scores of the arm of a role, at each point of a grid, by seed."""
     found: dict[str, dict[int, Scores]] = {}
     for trial in results.trials:
@@ -195,7 +187,7 @@ def _bound(
         if run is None or trial.arm.split("@")[0] != results.bounds[role] or trial.order:
             continue
         names = [trial.task] if trial.stage else list(parts)
-        own = {name: mean_over(run.scores, parts[name]) for name in names}
+        own = by_task(run.scores, {name: parts[name] for name in names})
         seeds = found.setdefault(trial.arm, {})
         seeds[trial.seed] = {**seeds.get(trial.seed, {}), **own}
     return found

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator import stages
-from orchestrator.stages import Chain, Row, Scores
-from workloads.evaluation.continual import aggregates
-from workloads.record import load, mean_score, read_events
+from orchestrator.stages import Chain, Row
+from workloads.evaluation.continual import aggregates, one_scale
+from workloads.evaluation.matrix_file import as_tree
+from workloads.record import load, read_events
 
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracker
@@ -106,19 +107,12 @@ def _log_matrix(tracker: "Tracker", chain: Chain, run: str, before: str) -> None
     if found is None:
         tracker.connected.set_tag(run, "matrix", "none: a stage was not scored on a task that it has seen")
         return
-    tracker.connected.log_dict(run, stages.as_tree(found), MATRIX)
-    if not _comparable(chain, scores[-1]):
+    tracker.connected.log_dict(run, as_tree(found), MATRIX)
+    if not one_scale(found):
         tracker.connected.set_tag(run, "aggregates", "none: the scales of the tasks' scores differ")
-        return
     values = {name: value for name, value in aggregates(found).items() if value is not None}
     time = _last_time(folders[-1])
     tracker.log_metrics(run, [(name, value, time, len(chain.rows)) for name, value in values.items()])
-
-
-def _comparable(chain: Chain, scores: Scores) -> bool:
-    """Whether the scores of all tasks of the stream lie on one scale."""
-    tasks = {domain for row in chain.rows for domain in stages.trained_on(row)}
-    return mean_score({domain: score for domain, score in scores.items() if domain in tasks}) is not None
 
 
 def _last_time(folder: Path) -> float:

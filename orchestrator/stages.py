@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.store import Store
-from workloads.evaluation.continual import Cells, Matrix
-from workloads.record import DomainScore, load, mean_over, mean_score
+from workloads.evaluation.continual import Matrix, assembled, by_task, never_trained
+from workloads.record import DomainScore, load
 
 Row = Mapping[str, Any]
 Scores = Mapping[str, DomainScore]
@@ -87,32 +87,14 @@ def sharing(rows: Iterable[Row], store: Store) -> Sharing:
 def matrix(chain: Chain, scores: Sequence[Scores], before: Scores | None) -> Matrix | None:
     """Scores on every task after every stage; `None` when a stage was not scored on a task that it has seen.
 
-    `scores` has the domains' scores of each stage in order, `before` those before any training. The score of a
-    stage that trains a mixture is the mean over the mixture's domains. Tasks that no stage trains are left out
-    where their scales differ from each other.
+    `scores` has the domains' scores of each stage in order, `before` those before any training.
     """
-    parts = [trained_on(row) for row in chain.rows]
-    lines = [tuple(mean_over(found, part) for part in parts) for found in scores]
-    if any(None in line[: t + 1] for t, line in enumerate(lines)):
-        return None
-    seen = {domain for part in parts for domain in part}
-    others = {domain: score for domain, score in scores[0].items() if domain not in seen}
-    never = others if others and mean_score(others) is not None else {}
-    return Matrix(
-        tasks=tuple(str(row["task"]) for row in chain.rows),
-        rows=tuple(lines),
-        before=None if before is None else tuple(mean_over(before, part) for part in parts),
-        never_trained={domain: tuple(mean_over(found, [domain]) for found in scores) for domain in never},
-    )
+    parts = {str(row["task"]): trained_on(row) for row in chain.rows}
+    never = never_trained(parts, scores)
+    everything = {**parts, **{domain: [domain] for domain in never}}
+    return assembled(parts, scores, None if before is None else by_task(before, everything), never)
 
 
 def trained_on(row: Row) -> list[str]:
     """The domains of a stage's own data."""
     return [domain for domain, weight in row["config"]["data"]["mixture"].items() if weight > 0]
-
-
-def as_tree(found: Matrix) -> dict[str, Any]:
-    """The matrix in the form that `orchestrator metrics` reads."""
-    before: Cells | None = found.before
-    known = {} if before is None else {"before": list(before)}
-    return {"tasks": list(found.tasks), "matrix": [list(row) for row in found.rows], **known}

@@ -49,11 +49,14 @@ def files(folder):
 def slow_matrix(folder, arm, order, seed):
     runs, tasks = files(folder), ORDERS[order]
     stages = [runs[arm, order, seed, place + 1, task] for place, task in enumerate(tasks)]
+    base = runs["base", "", seed, 0, ""]
     return Matrix(
         tasks=tasks,
         rows=tuple(tuple(cell(run, task) for task in tasks) for run in stages),
-        before=tuple(cell(runs["base", "", seed, 0, ""], task) for task in tasks),
+        before=tuple(cell(base, task) for task in tasks),
         never_trained={domain: tuple(cell(run, domain) for run in stages) for domain in NEVER},
+        never_before={domain: cell(base, domain) for domain in NEVER},
+        scales=dict.fromkeys([*tasks, *NEVER], "fraction"),
     )
 
 
@@ -184,6 +187,17 @@ def test_no_mean_is_taken_over_tasks_on_several_scales(tmp_path):
     text = text_of(summary(results))
     assert "no mean over domains, since their scales differ" in text
     assert "scales differ" in text.split("ewc")[1]
+
+
+def test_a_matrix_holds_never_trained_tasks_on_several_scales_and_takes_no_mean_of_them(tmp_path):
+    folder = make_stream(tmp_path, scales={NEVER[0]: "cider"}, seeds=[0, 1], orders=("given",))
+    found = summarise_stream(stream_of(read(folder)))
+    for chain in found.stream.chains:
+        assert set(chain.matrix.never_trained) == set(NEVER)
+        assert aggregates(chain.matrix)["zero_shot_never"] is None
+    for row in found.arms:
+        assert row.values["zero_shot_never"] is None
+        assert row.values["final"] is not None
 
 
 def test_tasks_on_one_other_scale_keep_its_unit(tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workloads.errors import UserError
-from workloads.evaluation.matrix_file import read
+from workloads.evaluation.continual import Matrix, aggregates
+from workloads.evaluation.matrix_file import as_tree, read
 
 names = st.text(min_size=1, max_size=8).map(str.strip).filter(lambda name: name and name.isprintable())
 scores = st.floats(-1e6, 1e6) | st.integers(-100, 100)
@@ -68,6 +69,48 @@ def test_a_matrix_in_csv_is_read_as_it_is(tmp_path_factory, table, label, blank_
     check(path, *table)
 
 
+@st.composite
+def matrices(draw):
+    """A matrix with columns of tasks that no stage trains, scores before any training, and scales."""
+    tasks, rows, before = draw(tables())
+    size, optional = len(tasks), st.floats(-1e6, 1e6) | st.none()
+    others = draw(st.lists(names.filter(lambda name: name not in tasks), max_size=3, unique=True))
+    never = {name: tuple(draw(st.lists(optional, min_size=size, max_size=size))) for name in others}
+    scaled = draw(st.lists(st.sampled_from([*tasks, *others]), unique=True))
+    return Matrix(
+        tasks=tuple(tasks),
+        rows=tuple((*map(as_float, row), *[None] * (size - len(row))) for row in rows),
+        before=None if before is None else tuple(map(as_float, before)),
+        never_trained=never,
+        never_before={name: draw(optional) for name in others if draw(st.booleans())},
+        scales={name: draw(st.sampled_from(["fraction", "percent", "cider"])) for name in scaled},
+    )
+
+
+def as_float(value):
+    return None if value is None else float(value)
+
+
+@given(matrices())
+@settings(max_examples=150, deadline=None)
+def test_what_is_written_is_read_as_it_was(tmp_path_factory, matrix):
+    path = tmp_path_factory.mktemp("json") / "m.json"
+    path.write_text(json.dumps(as_tree(matrix), allow_nan=False), encoding="utf-8")
+    assert read(path) == matrix
+
+
+def test_scores_on_several_scales_in_a_file_have_no_mean(tmp_path):
+    path = tmp_path / "m.json"
+    never = {"c": [0.1, 0.2], "d": [1.5, 2.5]}
+    path.write_text(json.dumps({**GOOD, "never_trained": never, "scales": {"d": "cider", "c": "fraction"}}))
+    assert aggregates(read(path))["zero_shot_never"] is None
+    assert aggregates(read(path))["final"] == pytest.approx(0.75)
+    path.write_text(json.dumps({**GOOD, "never_trained": never, "scales": {"a": "percent", "b": "fraction"}}))
+    found = aggregates(read(path))
+    assert found.pop("zero_shot_never") == pytest.approx(1.35)
+    assert set(found.values()) == {None}
+
+
 def refused(path, *expected):
     with pytest.raises(UserError) as caught:
         read(path)
@@ -117,6 +160,23 @@ GOOD = {"tasks": ["a", "b"], "matrix": [[0.7], [0.6, 0.9]]}
         ({"tasks": ["a", " "]}, ("column 2: ' ' is not the name of a task",)),
         ({"befor": [0.1, 0.1]}, ("unknown key 'befor'", "did you mean 'before'")),
         ({"a\nkey": 1}, ("unknown key 'a key'",)),
+        ({"never_trained": []}, ("never_trained: [] is not an object",)),
+        (
+            {"never_trained": {"a": [1, 1]}},
+            ("never_trained: 'a' is not allowed; a task that no stage trains",),
+        ),
+        ({"never_trained": {" ": [1, 1]}}, ("never_trained: ' ' is not the name of a task",)),
+        ({"never_trained": {"c": 1}}, ("task 'c', never trained: 1.0 is not a list",)),
+        ({"never_trained": {"c": [1]}}, ("task 'c', never trained: 1 scores; allowed: 2",)),
+        ({"never_trained": {"c": [1, "x"]}}, ("'c', never trained", "'after stage 2': 'x' is not a number")),
+        ({"never_before": {"c": 1}}, ("never_before: 'c' is not allowed",)),
+        (
+            {"never_trained": {"c": [1, 1]}, "never_before": {"c": float("nan")}},
+            ("'c', never trained, column 'before': nan is not a finite score",),
+        ),
+        ({"scales": {"c": "percent"}}, ("scales: 'c' is not allowed; tasks: a, b",)),
+        ({"scales": {"a": "percnt"}}, ("scales.a: 'percnt' is not allowed", "did you mean 'percent'")),
+        ({"scales": {"a": ["percent"]}}, ("scales.a: ['percent'] is not allowed",)),
     ],
 )
 def test_a_mistake_in_json_is_one_line_that_says_where(tmp_path, change, expected):

@@ -1,17 +1,17 @@
 """MLflow's runs of trials with stages: written once, found again without a ledger, shared stages under one trial."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from orchestrator.stages import Chain, as_tree, chains, matrix
+from orchestrator.stages import Chain, chains, matrix
 from orchestrator.store import Store
 from orchestrator.tracking import SYNC, Tracker, make_client, tracking_uri
 from workloads.adapters.base import Capabilities
-from workloads.evaluation.continual import forgetting, fwt
-from workloads.evaluation.matrix_file import read
+from workloads.evaluation.continual import aggregates, forgetting, fwt
+from workloads.evaluation.matrix_file import as_tree, read
 from workloads.record import Cost, DomainScore, RunRecord, append_event, save, write_json
 
 TASKS = ("a", "b")
@@ -24,7 +24,7 @@ SCORES = {
 }
 
 
-def _record(key: str) -> RunRecord:
+def _record(key: str, scales: dict) -> RunRecord:
     cost = Cost(
         seconds=10.0,
         train_seconds=6.0,
@@ -37,7 +37,14 @@ def _record(key: str) -> RunRecord:
         adapter_active=1,
     )
     scores = {
-        domain: DomainScore(score=score, num_items=10, loss=1.0, by_type={}, majority=0.0)
+        domain: DomainScore(
+            score=score,
+            num_items=10,
+            loss=1.0,
+            by_type={},
+            majority=0.0,
+            scale=scales.get(domain, "fraction"),
+        )
         for domain, score in zip("abc", SCORES[key], strict=True)
     }
     return RunRecord(
@@ -66,6 +73,8 @@ class Study:
 
     def __init__(self, root: Path) -> None:
         self.store = Store(root)
+        # Domain -> scale, where that is not a fraction.
+        self.scales = {}
         self.folder = self.store.study_folder("tiny")
         self.folder.mkdir(parents=True)
         self.rows = [
@@ -104,7 +113,7 @@ class Study:
             folder, {"event": "eval", "time": 1002.0, "step": 5, "score": 0.5, **scores, "peak_bytes": 7}
         )
         (folder / "predictions.jsonl").write_text("{}")
-        save(_record(key), folder)
+        save(_record(key, self.scales), folder)
         self.state(key, "finished")
 
     def push(self, final: bool = False) -> None:
@@ -193,6 +202,8 @@ def test_the_row_before_any_training_is_added_when_it_is_known(tmp_path):
     path = study.client.download_artifacts(run.info.run_id, "matrix.json", str(tmp_path))
     found = read(Path(path))
     assert (found.before, found.rows) == ((0.1, 0.2), ((0.8, 0.3), (0.5, 0.9)))
+    assert (found.never_trained, found.never_before) == ({"c": (0.35, 0.4)}, {"c": 0.3})
+    assert set(found.scales.values()) == {"fraction"}
 
 
 def test_a_trial_is_what_its_stages_are(tmp_path):
@@ -254,7 +265,44 @@ def test_a_stage_of_several_tasks_is_scored_by_their_mean(tmp_path):
     assert fwt(found) is None
     path = tmp_path / "matrix.json"
     path.write_text(json.dumps(as_tree(found)))
-    assert read(path).rows == found.rows
+    assert read(path) == found
+
+
+def test_nothing_that_was_recorded_is_left_out_whatever_its_scale(tmp_path):
+    chain = _chain({"a": 1.0}, {"b": 1.0})
+    stages = [_scores(a=0.5, b=0.1, c=0.3, d=0.2), _scores(a=0.4, b=0.6, c=0.2, d=1.4)]
+    stages = [{**each, "d": replace(each["d"], scale="cider")} for each in stages]
+    found = matrix(chain, stages, _scores(a=0.0, b=0.1, c=0.2))
+    assert found.never_trained == {"c": (0.3, 0.2), "d": (0.2, 1.4)}
+    assert found.never_before == {"c": 0.2, "d": None}
+    assert aggregates(found)["zero_shot_never"] is None
+    assert aggregates(found)["final"] == pytest.approx(0.5)
+    path = tmp_path / "matrix.json"
+    path.write_text(json.dumps(as_tree(found)))
+    assert read(path) == found
+
+
+def test_scores_on_several_scales_are_uploaded_and_have_no_aggregates(tmp_path):
+    study = Study(tmp_path)
+    study.scales = {"b": "cider"}
+    _finish_all(study)
+    study.push(final=True)
+    run = study.runs()["x/0/given"]
+    assert "scales" in run.data.tags["aggregates"]
+    assert not {"final", "forgetting", "fwt"} & set(run.data.metrics)
+    assert run.data.metrics["zero_shot_never"] == 0.4
+    path = study.client.download_artifacts(run.info.run_id, "matrix.json", str(tmp_path))
+    found = read(Path(path))
+    assert found.rows == ((0.8, 0.3), (0.5, 0.9))
+    assert set(aggregates(found).items()) - {("zero_shot_never", 0.4)} == {
+        (name, None) for name in aggregates(found) if name != "zero_shot_never"
+    }
+
+
+def test_a_domain_with_the_name_of_a_stage_that_trains_others_is_not_taken_for_it():
+    chain = _chain({"a": 1.0}, {"b": 1.0})
+    found = matrix(chain, [_scores(a=0.5, b=0.1, t1=0.9), _scores(a=0.4, b=0.6, t1=0.9)], None)
+    assert (found.tasks, found.never_trained) == (("t1", "t2"), {})
 
 
 def test_a_task_that_was_not_scored_is_absent_above_the_diagonal_and_no_matrix_below(tmp_path):

@@ -11,8 +11,9 @@ Source:  A[t][i] is the score on task i after stage t of T; row 0 is the model b
            zero_shot_later   mean_{i > 1} of mean_{1 <= t < i} A[t][i]: tasks that are yet to be trained
            zero_shot_never   mean over the tasks that no stage trains, after stage T
            intransigence     mean_i (bound_i - A[i][i]), bound_i from training on task i alone
-Differs: what needs a score that nobody measured is `None`, not a mean over fewer cells. Only the maximum in
-         `forgetting` is over the stages that were measured, so that a lower triangle has a forgetting too.
+Differs: what needs a score that nobody measured is `None`, not a mean over fewer cells, and so is a mean over
+         scores on several scales. Only the maximum in `forgetting` is over the stages that were measured, so that a
+         lower triangle has a forgetting too.
 
 Values keep the unit of the scores: nothing is rescaled, rounded or clipped.
 
@@ -26,9 +27,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from workloads.evaluation.statistics import FloatArray, Interval, over_seeds
+from workloads.record import DomainScore, Scale, mean_over
 
 # Scores of which some may be absent.
 Cells = tuple[float | None, ...]
+# Task -> domains that it is scored on.
+Parts = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +47,25 @@ class Matrix:
     before: Cells | None = None
     # Task that no stage trains -> its score after each stage.
     never_trained: Mapping[str, Cells] = field(default_factory=dict)
+    # Task that no stage trains -> its score before any training.
+    never_before: Mapping[str, float | None] = field(default_factory=dict)
+    # Task of either kind -> scale of its scores, where that is known; all others lie on one.
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_tasks = len(self.tasks)
         names = [*self.tasks, *self.never_trained]
         columns = self.never_trained.values()
         lines = [*self.rows, *columns, *([] if self.before is None else [self.before])]
+        cells = [*(cell for line in lines for cell in line), *self.never_before.values()]
         assert num_tasks > 0, "at least one task"
         assert len(set(names)) == len(names), "each task once"
         assert len(self.rows) == num_tasks, "one stage for each task"
         assert all(len(line) == num_tasks for line in lines), "a cell for each task or stage"
         assert all(None not in row[: t + 1] for t, row in enumerate(self.rows)), "scores up to the diagonal"
-        assert all(math.isfinite(v) for line in lines for v in line if v is not None), "finite scores"
+        assert set(self.never_before) <= set(self.never_trained), "scores before of tasks never trained"
+        assert set(self.scales) <= set(names), "scales of tasks"
+        assert all(math.isfinite(cell) for cell in cells if cell is not None), "finite scores"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +79,44 @@ class OrderSensitivity:
     # The order whose mean over seeds is lowest; the first of equals.
     worst_order: str
     worst: Interval
+
+
+def by_task(scores: Mapping[str, DomainScore], parts: Parts) -> dict[str, float | None]:
+    """Score on each task: the mean over its domains; None where one was not scored, or their scales differ."""
+    return {task: mean_over(scores, domains) for task, domains in parts.items()}
+
+
+def never_trained(parts: Parts, runs: Iterable[Mapping[str, DomainScore]]) -> tuple[str, ...]:
+    """The domains that some run was scored on and that belong to none of the tasks, nor have the name of one."""
+    learned = {*parts, *(domain for domains in parts.values() for domain in domains)}
+    return tuple(dict.fromkeys(domain for scores in runs for domain in scores if domain not in learned))
+
+
+def assembled(
+    parts: Parts,
+    stages: Sequence[Mapping[str, DomainScore]],
+    before: Mapping[str, float | None] | None,
+    never: Sequence[str],
+) -> Matrix | None:
+    """The matrix of a stream from the scores after each stage, all that was recorded of its tasks and of `never`.
+
+    `parts` are the stages' tasks in order; `before` has scores by the names of both kinds of tasks. None when a stage
+    was not scored on a task that it has seen.
+    """
+    rows = [tuple(by_task(scores, parts).values()) for scores in stages]
+    if any(None in row[: t + 1] for t, row in enumerate(rows)):
+        return None
+    columns = {name: tuple(mean_over(scores, [name]) for scores in stages) for name in never}
+    scales = {domain: score.scale for scores in stages for domain, score in scores.items()}
+    firsts = {**{task: domains[0] for task, domains in parts.items()}, **{name: name for name in never}}
+    return Matrix(
+        tasks=tuple(parts),
+        rows=tuple(rows),
+        before=None if before is None else tuple(before.get(task) for task in parts),
+        never_trained=columns,
+        never_before={} if before is None else {name: before.get(name) for name in never},
+        scales={name: scales[domain] for name, domain in firsts.items() if domain in scales},
+    )
 
 
 def final(matrix: Matrix) -> float | None:
@@ -147,8 +196,17 @@ AGGREGATES: Mapping[str, Callable[[Matrix], float | None]] = {
 
 
 def aggregates(matrix: Matrix) -> dict[str, float | None]:
-    """Every aggregate by name; `None` for what needs absent scores."""
-    return {name: function(matrix) for name, function in AGGREGATES.items()}
+    """Every aggregate by name; `None` for what needs absent scores, or scores on several scales."""
+    return {
+        name: function(matrix) if one_scale(matrix, name == "zero_shot_never") else None
+        for name, function in AGGREGATES.items()
+    }
+
+
+def one_scale(matrix: Matrix, never: bool = False) -> bool:
+    """Whether the scores on all tasks, or on those that no stage trains, lie on one scale as far as it is known."""
+    names = matrix.never_trained if never else matrix.tasks
+    return len({matrix.scales[name] for name in names if name in matrix.scales}) <= 1
 
 
 def intransigence(matrix: Matrix, bound_T: FloatArray) -> float | None:
@@ -163,8 +221,8 @@ def intransigence(matrix: Matrix, bound_T: FloatArray) -> float | None:
 def order_sensitivity(by_order: Mapping[str, Sequence[Matrix]]) -> OrderSensitivity:
     """Final scores over orders; `by_order` gives each order's matrices, the same seeds for all, in one order.
 
-    The spread holds the noise of training as well, so it is to be read beside the spread over seeds of one
-    order. Raises `ValueError` when orders differ in their seeds' number or train other tasks.
+    The spread holds the noise of training as well, so it is to be read beside the spread over seeds of one order.
+    Raises `ValueError` when orders differ in their seeds' number or train other tasks.
     """
     counts = {order: len(matrices) for order, matrices in by_order.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():

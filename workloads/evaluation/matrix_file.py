@@ -8,21 +8,30 @@ CSV   stage,a,b
 
 A row ends at the diagonal or goes on to the last task; `before`, scores before any training, may be left out.
 `null` or an empty cell above the diagonal or in `before` is a score that nobody measured.
+
+JSON has room for more, each of which may be left out:
+      {"never_trained": {"c": [0.3, 0.4]}, "never_before": {"c": 0.2}, "scales": {"a": "percent", "c": "fraction"}}
+`never_trained` has the scores, after each stage, on tasks that no stage trains, `never_before` those before any
+training; any of them may be `null`. `scales` names the scales that scores lie on (fraction, percent or cider) where
+that is known: a mean over several scales is none. `as_tree` writes all of it.
 """
 
 import csv
 import io
 import json
 import reprlib
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from workloads.errors import UserError, require, require_known
 from workloads.evaluation.continual import Cells, Matrix
+from workloads.record import TOP
 
 BEFORE = "before"
-_KEYS = ("tasks", "matrix", BEFORE)
+NEVER, NEVER_BEFORE, SCALES = "never_trained", "never_before", "scales"
+_KEYS = ("tasks", "matrix", BEFORE, NEVER, NEVER_BEFORE, SCALES)
 # Scores beyond this could overflow when summed.
 _TOO_LARGE = 1e300
 
@@ -34,6 +43,20 @@ class _Table:
     tasks: Any
     rows: Any
     before: Any
+    # `never_trained`, `never_before` and `scales`, where they are given.
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+def as_tree(matrix: Matrix) -> dict[str, Any]:
+    """The matrix as JSON has it; nothing is left out, and `read` gives the same."""
+    more = {
+        BEFORE: None if matrix.before is None else list(matrix.before),
+        NEVER: {name: list(column) for name, column in matrix.never_trained.items()},
+        NEVER_BEFORE: dict(matrix.never_before),
+        SCALES: dict(matrix.scales),
+    }
+    known = {key: value for key, value in more.items() if value is not None and value != {}}
+    return {"tasks": list(matrix.tasks), "matrix": [list(row) for row in matrix.rows], **known}
 
 
 def read(path: Path) -> Matrix:
@@ -69,7 +92,8 @@ def _from_json(text: str) -> _Table:
     for key in ("tasks", "matrix"):
         if key not in tree:
             raise UserError(f"no key '{key}'")
-    return _Table(tasks=tree["tasks"], rows=tree["matrix"], before=tree.get(BEFORE))
+    more = {key: tree[key] for key in (NEVER, NEVER_BEFORE, SCALES) if tree.get(key) is not None}
+    return _Table(tasks=tree["tasks"], rows=tree["matrix"], before=tree.get(BEFORE), more=more)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,7 +144,49 @@ def _matrix(table: _Table) -> Matrix:
         if len(cells) != len(tasks):
             raise UserError(f"row '{BEFORE}': {len(cells)} scores; allowed: {len(tasks)}, one for each task")
         before = _cells(cells, f"row '{BEFORE}'", tasks)
-    return Matrix(tasks=tasks, rows=tuple(full), before=before)
+    never = {
+        name: _cells(
+            _column(column, name, tasks), _never(name), [f"after stage {t + 1}" for t in range(len(tasks))]
+        )
+        for name, column in _object(table.more, NEVER, tasks, others=True)
+    }
+    first = {
+        name: _cells([cell], _never(name), [BEFORE])[0]
+        for name, cell in _object(table.more, NEVER_BEFORE, never)
+    }
+    scales = dict(_object(table.more, SCALES, [*tasks, *never]))
+    for name, scale in scales.items():
+        known = isinstance(scale, str) and scale in TOP
+        require(known, f"{SCALES}.{name}", scale, f"one of {', '.join(TOP)}", TOP)
+    return Matrix(
+        tasks=tasks, rows=tuple(full), before=before, never_trained=never, never_before=first, scales=scales
+    )
+
+
+def _object(
+    more: Mapping[str, Any], key: str, names: Collection[str], others: bool = False
+) -> list[tuple[str, Any]]:
+    """The entries of one of the objects by task; their keys are all of `names`, or with `others` none of them."""
+    tree = more.get(key, {})
+    if not isinstance(tree, dict):
+        raise UserError(f"{key}: {reprlib.repr(tree)} is not an object")
+    for name in tree:
+        if not name.strip():
+            raise UserError(f"{key}: {name!r} is not the name of a task")
+        allowed = "a task that no stage trains" if others else f"tasks: {', '.join(names)}"
+        require((name in names) != others, key, name, allowed, () if others else names)
+    return list(tree.items())
+
+
+def _never(name: str) -> str:
+    return f"task {reprlib.repr(name)}, never trained"
+
+
+def _column(column: Any, name: str, tasks: Sequence[str]) -> list[Any]:
+    cells = _list(column, _never(name))
+    if len(cells) != len(tasks):
+        raise UserError(f"{_never(name)}: {len(cells)} scores; allowed: {len(tasks)}, one after each stage")
+    return cells
 
 
 def _tasks(names: Any) -> tuple[str, ...]:
@@ -150,11 +216,11 @@ def _row(row: Any, stage: int, tasks: tuple[str, ...]) -> Cells:
     return cells
 
 
-def _cells(values: list[Any], where: str, tasks: tuple[str, ...]) -> Cells:
-    for value, task in zip(values, tasks, strict=True):
+def _cells(values: list[Any], where: str, columns: Sequence[str]) -> Cells:
+    for value, column in zip(values, columns, strict=True):
         if value is None:
             continue
-        cell = f"{where}, column {reprlib.repr(task)}: {reprlib.repr(value)}"
+        cell = f"{where}, column {reprlib.repr(column)}: {reprlib.repr(value)}"
         if not isinstance(value, float):
             raise UserError(f"{cell} is not a number")
         if not abs(value) < _TOO_LARGE:
