@@ -23,7 +23,7 @@ from dashboards.results import (
     read_roles,
     seeds_of,
 )
-from dashboards.runs import Questions, Run, read_run, read_stage
+from dashboards.runs import Questions, Run, form_shares, read_run, read_stage
 from workloads.errors import UserError, nearest, require
 from workloads.record import SCALE_OF, TOP, Scale, is_finished
 
@@ -84,7 +84,21 @@ def study_results(folder: Path, root: Path) -> StudyResults:
         scores={arm: item_scores(arm, seeds, runs, questions) for arm, seeds in by_arm.items()},
         curves={fingerprint: run.curves for fingerprint, run in runs.items()},
         time={key: value for key, value in (tree.get("time") or {}).items() if value is not None},
+        forms={
+            key: form_shares(root / "runs" / key, runs[key].record) for key in _ends(trials) if key in runs
+        },
     )
+
+
+def _ends(trials: Sequence[TrialState]) -> set[str]:
+    """Runs of a stream whose outputs are looked at: the last stages, and those outside every order."""
+    last = {(trial.arm, trial.order, trial.seed): 0 for trial in trials if trial.stage and trial.order}
+    if not last:
+        return set()
+    for trial in trials:
+        key = (trial.arm, trial.order, trial.seed)
+        last[key] = max(last.get(key, 0), trial.stage)
+    return {t.fingerprint for t in trials if not t.order or t.stage == last[t.arm, t.order, t.seed]}
 
 
 def has_stream(folder: Path) -> bool:

@@ -70,6 +70,8 @@ class StudyResults:
     curves: dict[str, Curves]
     # wall_seconds, slots, overhead; empty until the driver has written them.
     time: dict[str, float]
+    # Domain -> share of outputs that have the form of its answers; runs that end a stream, or are outside every order.
+    forms: dict[str, dict[str, float]]
 
     @property
     def arms(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from workloads import record as records
 from workloads.errors import UserError
+from workloads.evaluation import forms
 
 # Domain -> points (samples of that domain seen, mean loss of the steps since the point before).
 Curves = dict[str, list[tuple[float, float]]]
@@ -54,6 +55,12 @@ def read_stage(folder: Path, fingerprint: str) -> Run:
     """Read the record and curves of a stage, of which a study has many; its items are left where they are."""
     record = _record(folder, fingerprint)
     return Run(record=record, items={}, whole=frozenset(), curves=_curves(folder, record))
+
+
+def form_shares(folder: Path, record: records.RunRecord) -> dict[str, float]:
+    """Domain -> share of the run's outputs that have the form of the domain's answers, where one is known."""
+    known = forms.of(record.config.get("data", {}))
+    return forms.shares(known, _json_lines(folder / records.PREDICTIONS)) if known else {}
 
 
 def _record(folder: Path, fingerprint: str) -> records.RunRecord:

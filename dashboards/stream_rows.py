@@ -20,6 +20,7 @@ from workloads.evaluation.continual import (
     order_sensitivity,
 )
 from workloads.evaluation.statistics import Interval, interval, over_seeds
+from workloads.record import Scale
 
 Values = dict[str, Interval | None]
 # Role of an arm that runs outside every order -> what it is.
@@ -58,6 +59,10 @@ COLUMNS: Mapping[str, Column] = {
         words="the task trained alone − right after its own stage",
         is_difference=True,
     ),
+    "mif": Column(
+        heading="MIF",
+        words="share of outputs in the form of their task's answers, right or wrong, after the last stage",
+    ),
 }
 
 
@@ -85,7 +90,7 @@ class BoundRow:
     role: str
     arm: str
     num_seeds: int
-    # `final`: the mean over all tasks; `zero_shot_never`.
+    # `final`: the mean over all tasks; `zero_shot_never`; `mif`.
     values: Values
 
 
@@ -147,7 +152,14 @@ def values_of(stream: Stream, chain: Chain) -> dict[str, float | None]:
     bounds = [alone.get(task) for task in chain.tasks]
     known = [bound for bound in bounds if bound is not None]
     cost = intransigence(matrix, np.array(known)) if len(known) == len(bounds) else None
-    return {**aggregates(matrix), "intransigence": cost}
+    return {**aggregates(matrix), "intransigence": cost, "mif": _mean(chain.forms, chain.tasks)}
+
+
+def scale_of(name: str, stream: Stream) -> Scale | None:
+    """The scale of a metric; a share of outputs is a fraction whatever their scores are."""
+    if name == "mif":
+        return "fraction"
+    return stream.never_scale if name == "zero_shot_never" else stream.scale
 
 
 def crossed(values_SO: np.ndarray) -> Interval:
@@ -177,7 +189,7 @@ def _values(stream: Stream, grid: Mapping[str, Sequence[Chain]]) -> Values:
     out: Values = {}
     for name in COLUMNS:
         rows = [[values[name] for values in part] for part in found]
-        scale = stream.never_scale if name == "zero_shot_never" else stream.scale
+        scale = scale_of(name, stream)
         whole = scale is not None and all(value is not None for row in rows for value in row)
         out[name] = crossed(np.array(rows, dtype=np.float64).T) if whole else None
     return out
@@ -189,7 +201,9 @@ def _bounds(stream: Stream) -> list[BoundRow]:
         for arm, seeds in arms.items():
             final = [_mean(scores, stream.tasks) for scores in seeds.values()] if stream.scale else []
             never = [_mean(scores, stream.never) for scores in seeds.values()] if stream.never_scale else []
-            values = {"final": _over(final), "zero_shot_never": _over(never)}
+            shares = stream.bound_forms.get(role, {}).get(arm, {}).values()
+            mif = [_mean(found, stream.tasks) for found in shares]
+            values = {"final": _over(final), "zero_shot_never": _over(never), "mif": _over(mif)}
             rows.append(BoundRow(role=role, arm=arm, num_seeds=len(seeds), values=values))
     return rows
 

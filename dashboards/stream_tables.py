@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.results import StudyResults
-from dashboards.stream_rows import COLUMNS, ROLES, StreamRow, StreamSummary, summarise_stream
+from dashboards.stream_rows import COLUMNS, ROLES, StreamRow, StreamSummary, scale_of, summarise_stream
 from dashboards.streams import Stream, missing_lines, stream_of
 from dashboards.units import NO_MEAN, UNITS, signed, spread, with_spread
 from workloads.evaluation.statistics import Interval
@@ -15,7 +15,7 @@ from workloads.record import Scale, no_mean
 
 # The columns that one line of a terminal holds; the others have a table of their own.
 _FIRST = ("final", "mft", "maa", "bwt_T", "bwt_Tminus1", "forgetting", "fwt", "zero_shot_never")
-_SECOND = ("zero_shot_later", "intransigence")
+_SECOND = ("zero_shot_later", "intransigence", "mif")
 
 
 def stream_parts(results: StudyResults) -> list[RenderableType]:
@@ -53,11 +53,6 @@ def shown(name: str, interval: Interval | None, stream: Stream) -> str:
     return with_spread(interval, scale)
 
 
-def scale_of(name: str, stream: Stream) -> Scale | None:
-    """The scale of a metric."""
-    return stream.never_scale if name == "zero_shot_never" else stream.scale
-
-
 def _main_table(found: StreamSummary) -> Table:
     unit = UNITS[found.stream.scale].name if found.stream.scale else "each task's own unit"
     table = _table(
@@ -82,7 +77,7 @@ def _main_table(found: StreamSummary) -> Table:
 
 
 def _order_table(found: StreamSummary) -> Table:
-    table = _table("How much the order matters (final, ± 95 % t-interval over seeds), and two more metrics")
+    table = _table("How much the order matters (final, ± 95 % t-interval over seeds), and three more metrics")
     table.add_column("arm")
     for name in ("mean", "spread over orders", "worst order", "its final"):
         table.add_column(name, justify="right")
@@ -91,6 +86,11 @@ def _order_table(found: StreamSummary) -> Table:
     for row in found.arms:
         cells = [shown(name, row.values[name], found.stream) for name in _SECOND]
         table.add_row(*(Text(cell) for cell in (row.arm, *_sensitivity(found, row.arm), *cells)))
+    for bound in found.bounds:
+        if bound.values["mif"]:
+            cells = [shown(n, bound.values[n], found.stream) if n in bound.values else "" for n in _SECOND]
+            label = f"{bound.arm} ({ROLES[bound.role]})"
+            table.add_row(*(Text(cell) for cell in (label, "", "", "", "", *cells)))
     return table
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from dashboards.figures import nice_limit
 from dashboards.results import StudyResults
 from dashboards.stream_figures import Dot, Spot, TaskLine
-from dashboards.stream_rows import COLUMNS, ROLES, StreamSummary, summarise_stream, values_of
-from dashboards.stream_tables import scale_lines, scale_of
+from dashboards.stream_rows import COLUMNS, ROLES, StreamSummary, scale_of, summarise_stream, values_of
+from dashboards.stream_tables import scale_lines
 from dashboards.streams import Chain, Stream, missing_lines, stream_of
 from dashboards.units import UNITS
 from dashboards.views import arm_colours

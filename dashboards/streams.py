@@ -3,16 +3,19 @@
 Shape letters: T stages, and as many tasks.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from dashboards.results import BOUNDS, StudyResults, TrialState
 from workloads.errors import UserError
+from workloads.evaluation import forms
 from workloads.evaluation.continual import Cells, Matrix, Parts, assembled, by_task, never_trained
 from workloads.record import RunRecord, Scale
 
 # Task or domain -> score.
 Scores = Mapping[str, float | None]
+_Value = TypeVar("_Value")
 
 # Scale of a domain that no finished run was scored on.
 _UNKNOWN: Scale = "fraction"
@@ -34,6 +37,9 @@ class Chain:
     # Scores on `tasks` after each stage, and on the domains that no stage trains.
     rows: tuple[Cells | None, ...]
     never: tuple[Cells | None, ...]
+    # Share of the outputs on each task that have the form of its answers, after the last stage; None where no form is
+    # known. Empty until that stage is finished.
+    forms: Scores
     # Scores before any training, if the study has them for this seed.
     before: Cells | None
     # None until all stages are finished and scored on what they have seen; then `missing` is empty.
@@ -55,6 +61,8 @@ class Stream:
     chains: tuple[Chain, ...]
     # Role -> arm of that role -> seed -> scores; of tasks trained alone those of each task by its own run.
     bounds: dict[str, dict[str, dict[int, Scores]]]
+    # The same of the share of outputs that have the form of their task's answers.
+    bound_forms: dict[str, dict[str, dict[int, Scores]]]
     # Role -> arm, as the study gives them.
     roles: Mapping[str, str]
 
@@ -107,7 +115,8 @@ def stream_of(results: StudyResults) -> Stream | None:
         scales={name: _shared(known.get(d, _UNKNOWN) for d in domains) for name, domains in parts.items()},
         orders=tuple(dict.fromkeys(trial.order for trial in staged)),
         chains=(),
-        bounds={role: _bound(results, role, parts) for role in BOUNDS if role in results.bounds},
+        bounds=_bounds(results, parts, {key: run.scores for key, run in results.records.items()}, by_task),
+        bound_forms=_bounds(results, parts, results.forms, forms.by_task),
         roles=results.bounds,
     )
     by_key: dict[tuple[str, str, int], list[TrialState]] = {}
@@ -142,6 +151,7 @@ def _chain(
     learned = {task: parts[task] for task in tasks}
     others = {domain: [domain] for domain in stream.never}
     runs = tuple(results.records.get(trial.fingerprint) for trial in trials)
+    last = results.forms.get(trials[-1].fingerprint)
     rows = tuple(run and tuple(by_task(run.scores, learned).values()) for run in runs)
     head = Chain(
         arm=trials[0].arm,
@@ -151,6 +161,7 @@ def _chain(
         runs=runs,
         rows=rows,
         never=tuple(run and tuple(by_task(run.scores, others).values()) for run in runs),
+        forms={} if last is None else forms.by_task(last, learned),
         before=None,
         matrix=None,
         missing=_missing(trials, rows),
@@ -179,17 +190,23 @@ def _missing(trials: Sequence[TrialState], rows: Sequence[Cells | None]) -> str:
     return ""
 
 
-def _bound(results: StudyResults, role: str, parts: Parts) -> dict[str, dict[int, Scores]]:
-    """Scores of the arm of a role, at each point of a grid, by seed."""
-    found: dict[str, dict[int, Scores]] = {}
-    for trial in results.trials:
-        run = results.records.get(trial.fingerprint)
-        if run is None or trial.arm.split("@")[0] != results.bounds[role] or trial.order:
-            continue
-        names = [trial.task] if trial.stage else list(parts)
-        own = by_task(run.scores, {name: parts[name] for name in names})
-        seeds = found.setdefault(trial.arm, {})
-        seeds[trial.seed] = {**seeds.get(trial.seed, {}), **own}
+def _bounds(
+    results: StudyResults,
+    parts: Parts,
+    values: Mapping[str, _Value],
+    over: Callable[[_Value, Parts], Scores],
+) -> dict[str, dict[str, dict[int, Scores]]]:
+    """Of each role, its arm at each point of a grid, by seed: what `over` makes of the values of its runs."""
+    found: dict[str, dict[str, dict[int, Scores]]] = {role: {} for role in BOUNDS if role in results.bounds}
+    for role, arms in found.items():
+        for trial in results.trials:
+            value = values.get(trial.fingerprint)
+            if value is None or trial.arm.split("@")[0] != results.bounds[role] or trial.order:
+                continue
+            names = [trial.task] if trial.stage else list(parts)
+            seeds = arms.setdefault(trial.arm, {})
+            own = over(value, {name: parts[name] for name in names})
+            seeds[trial.seed] = {**seeds.get(trial.seed, {}), **own}
     return found
 
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator import stages
 from orchestrator.stages import Chain, Row
+from workloads.evaluation import forms, predictions
 from workloads.evaluation.continual import aggregates, one_scale
 from workloads.evaluation.matrix_file import as_tree
-from workloads.record import load, read_events
+from workloads.record import PREDICTIONS, load, read_events
 
 if TYPE_CHECKING:
     from orchestrator.tracking import Tracker
@@ -111,8 +112,19 @@ def _log_matrix(tracker: "Tracker", chain: Chain, run: str, before: str) -> None
     if not one_scale(found):
         tracker.connected.set_tag(run, "aggregates", "none: the scales of the tasks' scores differ")
     values = {name: value for name, value in aggregates(found).items() if value is not None}
+    values |= _mif(chain, folders[-1])
     time = _last_time(folders[-1])
     tracker.log_metrics(run, [(name, value, time, len(chain.rows)) for name, value in values.items()])
+
+
+def _mif(chain: Chain, folder: Path) -> dict[str, float]:
+    """MIF from the predictions of the last stage, where the forms of all tasks' answers are known."""
+    known = forms.of(chain.rows[-1]["config"]["data"])
+    if not known:
+        return {}
+    parts = {str(row["task"]): stages.trained_on(row) for row in chain.rows}
+    value = forms.mean(forms.shares(known, predictions.read(folder / PREDICTIONS)), parts)
+    return {} if value is None else {"mif": value}
 
 
 def _last_time(folder: Path) -> float:

@@ -22,6 +22,7 @@ OURS = {
         "workloads.config",
         "workloads.evaluation.conflict",
         "workloads.evaluation.continual",
+        "workloads.evaluation.forms",
         "workloads.evaluation.statistics",
     ),
 }
@@ -43,7 +44,7 @@ LAYERS = (
 )
 LIGHT = (
     "workloads.config", "workloads.schema", "workloads.record", "workloads.evaluation.conflict",
-    "workloads.evaluation.statistics",
+    "workloads.evaluation.statistics", "workloads.evaluation.forms",
     "workloads.evaluation.continual", "workloads.evaluation.matrix_file", "orchestrator.commands.metrics",
     "workloads.evaluation.predictions", "workloads.evaluation.scorers", "orchestrator.study", "dashboards.load",
     "dashboards.tables", "dashboards.page", "workloads.benchmarks.cases",

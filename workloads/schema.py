@@ -59,6 +59,9 @@ class DomainConfig:
     columns: dict[str, str] = field(default_factory=dict)
     # A scorer of workloads/evaluation/scorers.
     scorer: str = "exact"
+    # Form of the answers that the instruction asks for, as workloads/evaluation/forms.py has them; it changes no
+    # score. Empty: none, or in the format cvit the one that goes with the scorer.
+    form: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

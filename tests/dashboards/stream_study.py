@@ -33,8 +33,12 @@ def scores_of(rng, scales):
     return out
 
 
-def write_run(root, key, arm, seed, mixture, scores, routing):
-    """A run folder: its record, and items whose means are the scores."""
+def write_run(root, key, arm, seed, mixture, scores, routing, forms):
+    """A run folder: its record, and items whose means are the scores; `forms` {domain: form} has files' domains.
+
+    What is said is one word or three, as the run's key has it.
+    """
+    said = np.random.default_rng([*key.encode(), 1])
     folder = root / "runs" / key
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -42,10 +46,13 @@ def write_run(root, key, arm, seed, mixture, scores, routing):
         "data": {"source": "pocket", "mixture": mixture, "samples": 100, "blind": False},
         "adapter": {"name": "lora"}, "eval": {"split": "validation"},
     }  # fmt: skip
+    if forms:
+        config["data"] |= {"source": "files", "domains": {d: {"form": form} for d, form in forms.items()}}
     rows = [
         {
             "id": f"{domain}-{i}", "domain": domain, "question_type": "name", "prompt": f"what is {i} ?",
-            "answer": "yes", "raw": "", "normalised": "", "score": score.score,
+            "answer": "yes", "raw": str(said.choice(["dress", "a long dress"])), "normalised": "",
+            "score": score.score,
         }
         for domain, score in scores.items() for i in range(NUM_ITEMS)
     ]  # fmt: skip
@@ -89,12 +96,12 @@ def make_stream(root, name="coin", **changes):
     """Write study.json and its runs; returns the study's folder.
 
     Changes: arms, orders (labels), seeds, bounds (roles), scales {domain: scale}, comparison,
-    unfinished {(arm, order, seed, stage): (status, error)}, routing, and any key of study.json.
+    unfinished {(arm, order, seed, stage): (status, error)}, routing, forms {domain: form}, and any key of study.json.
     """
     arms, orders = changes.pop("arms", ("lora", "ewc")), changes.pop("orders", tuple(ORDERS))
     seeds, bounds = changes.pop("seeds", range(3)), changes.pop("bounds", tuple(COMPARISON))
     scales, unfinished = changes.pop("scales", {}), changes.pop("unfinished", {})
-    routing = changes.pop("routing", {})
+    routing, forms = changes.pop("routing", {}), changes.pop("forms", {})
     trials = []
     for arm, seed, order, stage, task, mixture in rows_of(arms, orders, seeds, bounds):
         # Stages with one beginning are one run.
@@ -104,7 +111,7 @@ def make_stream(root, name="coin", **changes):
         row["config"] = {"data": {"mixture": mixture}}
         if status == "finished":
             rng = np.random.default_rng([*key.encode()])
-            write_run(root, key, arm, seed, mixture, scores_of(rng, scales), routing)
+            write_run(root, key, arm, seed, mixture, scores_of(rng, scales), routing, forms)
         trials.append(row | {"status": status, "error": error, "started": 1.8e9, "ended": 1.8e9 + 60})
     tree = {
         "schema_version": 1, "name": name, "hypothesis": "replay forgets less", "profile": "full",

@@ -85,7 +85,7 @@ def test_an_arms_own_means_are_over_orders_and_seeds_and_never_narrower_than_ove
     for row in found.arms:
         assert (row.num_orders, row.num_seeds, row.num_whole, row.num_chains) == (3, 3, 9, 9)
         for name, interval in row.values.items():
-            if name == "intransigence":
+            if name in ("intransigence", "mif"):
                 continue
             table = [
                 [aggregates(slow_matrix(folder, row.arm, order, seed))[name] for seed in range(3)]
@@ -109,6 +109,52 @@ def test_intransigence_is_against_the_same_seeds_runs_of_each_task_alone(folder)
         ]
         by_seed.append(sum(lost) / len(lost))
     assert row.values["intransigence"].mean == pytest.approx(sum(by_seed) / 3)
+
+
+FORMS = {"garment": "short", "digits": "short", "chart": "short", "plane": "short", NEVER[0]: "short"}
+
+
+def slow_mif(folder, key):
+    """Mean over the tasks of the share of one- and two-word outputs, from the file of predictions."""
+    path = folder.parent / "runs" / key / "predictions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    of_task = []
+    for task in TASKS:
+        parts = []
+        for domain in MIXTURES[task]:
+            said = [row["raw"] for row in rows if row["domain"] == domain]
+            parts.append(sum(len(raw.split()) <= 2 for raw in said) / len(said))
+        of_task.append(sum(parts) / len(parts))
+    return sum(of_task) / len(of_task)
+
+
+def test_mif_is_the_share_of_outputs_in_their_tasks_form_after_the_last_stage(tmp_path):
+    folder = make_stream(tmp_path, arms=("lora",), forms=FORMS, scales={"digits": "cider"})
+    trials = json.loads((folder / "study.json").read_text())["trials"]
+    found = summarise_stream(stream_of(read(folder)))
+    for row in found.by_order["lora"]:
+        ends = [t["fingerprint"] for t in trials if (t["order"], t["stage"]) == (row.order, 3)]
+        values = [slow_mif(folder, key) for key in ends]
+        assert len(set(values)) == 3
+        half = stats.t.ppf(0.975, 2) * statistics.stdev(values) / 3**0.5
+        assert row.values["mif"].mean == pytest.approx(sum(values) / 3)
+        assert row.values["mif"].half_width == pytest.approx(half)
+    bounds = {row.role: row.values["mif"] for row in found.bounds}
+    for role, arm in (("before", "base"), ("joint", "joint")):
+        own = [slow_mif(folder, t["fingerprint"]) for t in trials if t["arm"] == arm]
+        assert bounds[role].mean == pytest.approx(sum(own) / 3)
+    assert bounds["alone"] is not None
+    text = text_of(stream_comparison(read(folder)))
+    assert text.count("joint (all at once)") == 2
+    assert f"{100 * bounds['joint'].mean:.1f} ± " in text
+
+
+def test_a_task_without_a_form_leaves_no_mif(tmp_path):
+    known = {domain: form for domain, form in FORMS.items() if domain != "plane"}
+    folder = make_stream(tmp_path, arms=("lora",), forms=known, seeds=[0, 1], orders=("given",))
+    found = summarise_stream(stream_of(read(folder)))
+    assert [row.values["mif"] for row in (*found.arms, *found.bounds)] == [None] * 4
+    assert text_of(stream_comparison(read(folder))).count("joint (all at once)") == 1
 
 
 def test_bounds_are_means_over_the_tasks_by_the_runs_outside_every_order(folder):
@@ -164,7 +210,7 @@ def test_without_bounds_what_needs_them_is_left_empty_and_told(tmp_path):
     found = summarise_stream(stream_of(read(folder)))
     for row in found.arms:
         empty = {name for name in COLUMNS if row.values[name] is None}
-        assert empty == {"fwt", "intransigence"}
+        assert empty == {"fwt", "intransigence", "mif"}
     assert "no arm is named as before in the study's comparison" in missing_lines(found.stream)
 
 
@@ -183,7 +229,7 @@ def test_no_mean_is_taken_over_tasks_on_several_scales(tmp_path):
     assert not found.sensitivity
     for row in (*found.arms, *found.bounds):
         for name, value in row.values.items():
-            assert value is None or name == "zero_shot_never"
+            assert value is None or name in ("zero_shot_never", "mif")
     text = text_of(summary(results))
     assert "no mean over domains, since their scales differ" in text
     assert "scales differ" in text.split("ewc")[1]

@@ -68,6 +68,10 @@ def _record(key: str, scales: dict) -> RunRecord:
     )
 
 
+# Domain -> what every run says; one word or two are the form that `short` asks for.
+SAID = {"a": ["x", "x y z", "x y", "x"], "b": ["x y z", "x"], "c": ["x"]}
+
+
 class Study:
     """A study of two arms that share their first stage, and of the model before training, written by hand."""
 
@@ -88,7 +92,8 @@ class Study:
 
     def _row(self, arm: str, order: str, stage: int, key: str) -> dict:
         task = TASKS[stage - 1] if stage else ""
-        config = {"name": f"{arm}/{stage}", "adapter": {"name": "lora"}, "data": {"mixture": {task: 1.0}}}
+        data = {"mixture": {task: 1.0}, "source": "files", "domains": {d: {"form": "short"} for d in TASKS}}
+        config = {"name": f"{arm}/{stage}", "adapter": {"name": "lora"}, "data": data}
         return {
             "arm": arm, "seed": 0, "point": {}, "order": order, "stage": stage, "task": task, "fingerprint": key,
             "config": config, "status": "pending", "error": "", "started": 1000.0, "ended": 0.0,
@@ -112,7 +117,12 @@ class Study:
         append_event(
             folder, {"event": "eval", "time": 1002.0, "step": 5, "score": 0.5, **scores, "peak_bytes": 7}
         )
-        (folder / "predictions.jsonl").write_text("{}")
+        rows = [
+            {"id": str(i), "domain": domain, "question_type": "q", "raw": raw, "answer": "x"}
+            for domain, said in SAID.items()
+            for i, raw in enumerate(said)
+        ]
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         save(_record(key, self.scales), folder)
         self.state(key, "finished")
 
@@ -155,6 +165,7 @@ def _check(study: Study) -> None:
         assert run.data.metrics["bwt_T"] == pytest.approx((second[0] - first[0]) / 2)
         assert run.data.metrics["fwt"] == pytest.approx(first[1] - SCORES["0000"][1])
         assert run.data.metrics["zero_shot_never"] == second[2]
+        assert run.data.metrics["mif"] == pytest.approx((3 / 4 + 1 / 2) / 2)
         history = study.client.get_metric_history(run.info.run_id, "score/a")
         assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [
             (1, first[0]),

@@ -23,13 +23,14 @@ VERSION = "1"
 
 
 def of(data: DataConfig) -> "Files":
-    """The source that `data` describes; raises `UserError` on unknown formats and scorers."""
-    from workloads.evaluation import scorers
+    """The source that `data` describes; raises `UserError` on unknown formats, scorers and forms."""
+    from workloads.evaluation import forms, scorers
 
     require(bool(data.domains), "data.domains", data.domains, "name at least one domain with its format")
     for name, domain in data.domains.items():
         formats.find(domain.format, f"data.domains.{name}.format")
         scorers.find(domain.scorer, f"data.domains.{name}.scorer")
+        forms.check(domain.form, f"data.domains.{name}.form")
     return Files(data=data)
 
 
