@@ -1,7 +1,10 @@
 """Continual metrics of a stream's arms with their intervals, computed once for the terminal and the page.
 
-Intervals of an arm over all its orders are those of the two-way crossed design of orders and seeds, with one order
-(or one arm in one order) t-intervals over seeds. Test items are taken as fixed.
+The sample unit is the seed. Chains of one seed share start weights and draws of samples, and where their orders begin
+alike whole stages, so an arm's O x S chains are not O x S samples. Over all its orders an arm has the interval of the
+two-way crossed design: what the chains of one seed have in common counts as the seed's, and repeats as often as there
+are seeds. Orders are taken as draws from all orders, also where the study names them (given, reversed). An arm in one
+order, a role outside every order and the sensitivity to orders have t-intervals over seeds. Test items are fixed.
 
 Shape letters: S seeds, O orders.
 """
@@ -163,7 +166,10 @@ def scale_of(name: str, stream: Stream) -> Scale | None:
 
 
 def crossed(values_SO: np.ndarray) -> Interval:
-    """Interval over seeds and orders: both are taken as draws, and every order has the same seeds."""
+    """Interval over seeds and orders: both are taken as draws, and every order has the same seeds.
+
+    With one seed it is over orders alone, and knows nothing of other seeds; with one order over seeds alone.
+    """
     return interval(values_SO) if values_SO.shape[1] > 1 else over_seeds(values_SO[:, 0])
 
 

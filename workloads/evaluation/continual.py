@@ -221,7 +221,9 @@ def intransigence(matrix: Matrix, bound_T: FloatArray) -> float | None:
 def order_sensitivity(by_order: Mapping[str, Sequence[Matrix]]) -> OrderSensitivity:
     """Final scores over orders; `by_order` gives each order's matrices, the same seeds for all, in one order.
 
+    The sample unit is the seed: orders are fixed, and one seed's are summed up before the t-interval over seeds.
     The spread holds the noise of training as well, so it is to be read beside the spread over seeds of one order.
+    The worst order's interval does not know that it was chosen as the lowest of several, which lowers it.
     Raises `ValueError` when orders differ in their seeds' number or train other tasks.
     """
     counts = {order: len(matrices) for order, matrices in by_order.items()}
