@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -71,8 +72,10 @@ BAD = {
     "missing": ({"image": "no.png", "conversations": said(HUMAN, GPT)}, "image: missing"),
     "a_folder": ({"image": "folder", "conversations": said(HUMAN, GPT)}, "image: not a file"),
     "truncated": ({"image": "cut.jpg", "conversations": said(HUMAN, GPT)}, "image: "),
-    "bomb": ({"image": "bomb.png", "conversations": said(HUMAN, GPT)}, "image: "),
-    "text": ({"image": "text.png", "conversations": said(HUMAN, GPT)}, "image: cannot identify"),
+    "truncated_gif": ({"image": "cut.gif", "conversations": said(HUMAN, GPT)}, "image: "),
+    "truncated_webp": ({"image": "cut.webp", "conversations": said(HUMAN, GPT)}, "image: "),
+    "bomb": ({"image": "bomb.png", "conversations": said(HUMAN, GPT)}, "3600000000 pixels"),
+    "text": ({"image": "text.png", "conversations": said(HUMAN, GPT)}, "image: none of PNG, JPEG"),
     "parent": ({"image": "../secret.png", "conversations": said(HUMAN, GPT)}, "leaves the image folder"),
     "parent_within": ({"image": "a/../../secret.png", "conversations": said(HUMAN, GPT)}, "leaves the image folder"),
     "absolute": ({"image": "/etc/hostname", "conversations": said(HUMAN, GPT)}, "is absolute"),
@@ -89,10 +92,13 @@ def prepare(root):
     """Pictures that are none, and ways out of the folder."""
     folder = root / "images"
     (folder / "folder").mkdir(parents=True)
-    (folder / "cut.jpg").write_bytes(writers.picture(side=64, kind="JPEG")[:400])
+    for name, kind in (("cut.jpg", "JPEG"), ("cut.gif", "GIF"), ("cut.webp", "WEBP")):
+        whole = writers.picture(side=64, kind=kind)
+        (folder / name).write_bytes(whole[: len(whole) // 2])
     good = writers.picture()
-    side = (60_000).to_bytes(4, "big")
-    (folder / "bomb.png").write_bytes(good[:16] + side + side + good[24:])
+    header = good[12:16] + 2 * (60_000).to_bytes(4, "big") + good[24:29]
+    checked = header + zlib.crc32(header).to_bytes(4, "big")
+    (folder / "bomb.png").write_bytes(good[:12] + checked + good[33:])
     (folder / "text.png").write_text("hello")
     (root / "outside").mkdir()
     for secret in (root / "secret.png", root / "outside" / "secret.png"):
@@ -238,7 +244,7 @@ def test_malformed_files_are_told_in_one_line_or_read(noise, data, tmp_path_fact
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.binary(max_size=60), st.integers(0, 300), st.sampled_from(["PNG", "JPEG"]))
+@given(st.binary(max_size=60), st.integers(0, 300), st.sampled_from(images.FORMATS))
 def test_malformed_pictures_are_decoded_or_refused(noise, place, kind):
     whole = writers.picture(side=16, kind=kind)
     place = min(place, len(whole))

@@ -90,22 +90,6 @@ def test_more_bad_samples_than_allowed_stop_the_run_with_one_line():
         pool.check_rejected([example(998, 2)], 0.001)
 
 
-def test_a_decompression_bomb_is_refused():
-    header = png((8, 8))
-    width = (60_000).to_bytes(4, "big")
-    with pytest.raises(ValueError, match="image"):
-        pool.decode(header[:16] + width + width + header[24:])
-
-
-def test_formats_other_than_png_and_jpeg_are_refused():
-    for header in (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
-        b"GIF89a\x08\x00\x08\x00\x00\x00\x00;",
-    ):
-        with pytest.raises(ValueError, match="cannot identify"):
-            pool.decode(header)
-
-
 def test_an_unknown_source_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'pocket'"):
         sources.find("poket")

@@ -15,10 +15,11 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256_000_000
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
 _MARK = "/./"
 # `warnings.catch_warnings` changes the process, and images are decoded in threads.
 _OPENING = threading.Lock()
@@ -63,7 +64,10 @@ def read(image: Mapping[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> np.ndarray:
-    """PNG or JPEG bytes to uint8 RGB (H, W, 3); raises `ValueError` on anything that is not a whole image."""
+    """Bytes in one of `FORMATS` to uint8 RGB (H, W, 3), of a moving picture the first frame.
+
+    Raises `ValueError` on anything that is not a whole image.
+    """
     try:
         return np.asarray(_opened(data).convert("RGB"))
     except Exception as error:  # on malformed files Pillow raises many kinds, which share no base class
@@ -82,7 +86,10 @@ def size(data: bytes) -> tuple[int, int]:
 def _opened(data: bytes) -> Image.Image:
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:  # its words hold an address of memory
+            raise ValueError(f"none of {', '.join(FORMATS)}, or broken in its header") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS}")
     return image

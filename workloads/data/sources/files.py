@@ -19,7 +19,7 @@ from workloads.data.hashes import hash_contents
 from workloads.errors import require, require_known
 from workloads.schema import DataConfig, DomainConfig
 
-VERSION = "1"
+VERSION = "2"
 
 
 def of(data: DataConfig) -> "Files":
