@@ -14,7 +14,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 IMAGE_TOKEN = 3
 # Tests that start Ray or a second worker take longest.
 MANY_PROCESSES = {
-    "orchestrator": ("test_cli", "test_cluster", "test_stream_sweep", "test_sweep", "test_tracking"),
+    "orchestrator": (
+        "test_cli",
+        "test_cluster",
+        "test_sources_end_to_end",
+        "test_stream_sweep",
+        "test_sweep",
+        "test_tracking",
+    ),
     "training": (
         "test_engine",
         "test_llava_workers",
