@@ -11,7 +11,15 @@ MB_FOR_20_000_RECORDS = 25
 
 
 def peak(records, folder):
-    words = [sys.executable, "-m", "workloads.benchmarks.conversion", "--records", str(records), "--folder", str(folder)]
+    words = [
+        sys.executable,
+        "-m",
+        "workloads.benchmarks.conversion",
+        "--records",
+        str(records),
+        "--folder",
+        str(folder),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout)
     assert found["records"] == records
