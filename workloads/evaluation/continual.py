@@ -107,7 +107,7 @@ def assembled(
     if any(None in row[: t + 1] for t, row in enumerate(rows)):
         return None
     columns = {name: tuple(mean_over(scores, [name]) for scores in stages) for name in never}
-    scales = {domain: score.scale for scores in stages for domain, score in scores.items()}
+    scales: dict[str, Scale] = {d: score.scale for scores in stages for d, score in scores.items()}
     firsts = {**{task: domains[0] for task, domains in parts.items()}, **{name: name for name in never}}
     return Matrix(
         tasks=tuple(parts),
