@@ -73,11 +73,10 @@ def test_a_missing_model_or_data_is_one_line(seven, command, tmp_path):
         (f"model.name_or_path={tmp_path / 'empty'}", "has no config.json"),
         ("model.name_or_path=nobody/nothing", "its config.json is not to be had"),
     ):
-        code, _, err, seconds = command("plan", seven, "--set", change)
+        code, _, err, _ = command("plan", seven, "--set", change)
         assert code == 2
         assert len(err.splitlines()) == 1
         assert words in err
-        assert seconds < 8
     code, _, err, _ = command("check", "llava-7b-twice-the-samples")
     assert code == 2
     assert len(err.splitlines()) == 1
