@@ -152,7 +152,7 @@ def test_a_picture_that_came_later_is_found(prompter, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("later", "reason"), [(None, "missing"), (b"no picture", "cannot identify image file")]
+    ("later", "reason"), [(None, "missing"), (b"no picture", "none of PNG, JPEG, GIF, WEBP")]
 )
 def test_a_picture_that_went_after_it_was_vetted_is_told_in_one_line(later, reason, prompter, tmp_path):
     found = loaded(tmp_path, [writers.talk(0), writers.talk(1)], prompter)
