@@ -1,17 +1,16 @@
 """BranchLoRA: one shared A (the trunk) and several B's (branches), of which each sample visits a few.
 
 Source:  BranchLoRA 2025, arXiv:2506.02041 (ACL 2025); its code could not be seen.
-Routing: once per sample and linear from the sample's pooled input; softmax over the top k branches.
+Routing: once per sample and linear from the sample's pooled input; softmax over the top k branches alone.
 Tasks:   `branch_memory` of the model starts and ends tasks: a task's end freezes the branches that it used most.
          With `task_routers` every task has routers of its own; training uses the sample's task, evaluation the
          seen task that the selector finds.
 Scale:   alpha / rank_total; the trunk and each branch have rank rank_total / num_branches.
 Trace:   of each decoder block the first adapted linear reports its router; the choice is its favourite branch.
-Differs: the sources leave open, and here it is so: inputs are pooled over the prompt's valid tokens (the first
-         token of a causal model is the same for every sample); the softmax is over the top k alone; routing mass is
-         summed while the task trains; a task freezes its top k branches while `min_tunable` others of the linear
-         stay tunable; the trunk trains on (`freeze_A_after_task`). Under `hard` no loss reaches the routers, which
-         stay at their random start. B's are mixed before they are multiplied: a sample costs one B for any k.
+Differs: the sources leave open, and here it is so: inputs are pooled over the prompt's valid tokens (the first token
+         of a causal model is the same for every sample); routing mass is summed while the task trains; a task freezes
+         its top k branches while `min_tunable` others of the linear stay tunable; the trunk trains on
+         (`freeze_A_after_task`). B's are mixed before they are multiplied: a sample costs one B for any k.
 
 Shape letters: B batch, T tokens, K tasks, L linears, N branches, R rank, I inputs, O outputs.
 """
@@ -102,7 +101,7 @@ def branch_gates(scores_BN: Tensor, top_k: int, router_grad: routing.RouterGrad)
     """Weight (B, N) of every branch for every sample.
 
     scaled            the softmax over the top k (BranchLoRA); for k = 1 the constant 1
-    hard              1 / k for each of the top k, without gradient
+    hard              1 / k for each of the top k, without gradient: the routers stay as drawn
     straight_through  the same with the gradient of the softmax over all branches
     dense             the softmax over all branches
     """
