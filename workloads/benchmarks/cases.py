@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from workloads.errors import UserError, nearest
 
-Peer = Literal["peft", "loop", "stack", "lora_step"]
+Peer = Literal["peft", "loop", "stack", "lora_step", "tower_step"]
 DESCRIBED: dict[Peer, str] = {
     "peft": "PEFT's LoRA",
     "loop": "loop over experts",
     "stack": "stack of all experts' outputs",
     "lora_step": "training step of lora",
+    "tower_step": "the same with pictures and tower",
 }
 
 
@@ -97,6 +98,15 @@ def _step(settings: dict[str, Any], limit: float | None = None) -> Case:
     )
 
 
+# From samples to updated weights, with what the tower says of the pictures looked up.
+_FEATURES = Case(
+    name="features",
+    adapter={"name": "lora", "rank": 1},
+    peer="tower_step",
+    size=None,
+    limit=1.0,
+)
+
 _TASKS = ["general", "document", "biomedical"]
 # A sample meets two experts of rank 8; the branches that it meets are mixed into one B of rank 8.
 _SMOLORA = {"name": "smolora", "num_visual": 4, "num_instruction": 4, "rank_total": 64}
@@ -115,6 +125,7 @@ CASES: tuple[Case, ...] = (
     _by_sample(256, 688, _SMOLORA, 16),
     _by_sample(512, 1376, _BRANCH_LORA, 8),
     _by_sample(256, 688, _BRANCH_LORA, 8),
+    _FEATURES,
     _step({"name": "mole", "num_experts": 3, "rank_per_expert": 1}, limit=1.25),
     _step({"name": "moe_lora", "num_experts": 3, "rank_total": 3}),
     _step({"name": "branch_lora", "num_branches": 3, "rank_total": 3, "top_k": 1}),

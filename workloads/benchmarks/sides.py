@@ -29,8 +29,9 @@ from workloads.benchmarks.peers import LoopBlock, StackBlock, peft_lora
 from workloads.config import DataConfig, ModelConfig
 from workloads.data import pool
 from workloads.data.collate import Batch, train_batch
+from workloads.data.pool import Pool
 from workloads.llava import tower
-from workloads.llava.build import build, train_projector
+from workloads.llava.build import Llava, build, train_projector
 from workloads.training import loss
 
 # Loading a model imports DeepSpeed, which otherwise says on stdout that it finds no accelerator.
@@ -51,6 +52,8 @@ class Adapted:
 
 def sides(case: Case, batch_size: int = 4) -> tuple[Callable[[], None], Callable[[], None]]:
     """Ours and the peer; `batch_size` is that of a training step. Raises `UserError` when PEFT is missing."""
+    if case.peer == "tower_step":
+        return whole_step(case.adapter, batch_size, True), whole_step(case.adapter, batch_size, False)
     if case.size is None:
         lora = {"name": "lora", "rank": case.peer_rank}
         return training_step(case.adapter, batch_size), training_step(lora, batch_size)
@@ -143,21 +146,41 @@ def block_pass(mlp: nn.Module, x_BTD: Tensor, terms: Adapted | None) -> Callable
 
 def training_step(tree: dict[str, Any], batch_size: int) -> Callable[[], None]:
     """A training step (forward, losses, backward, AdamW) of an adapter on the pocket model, its features cached."""
-    llava, trace = build(ModelConfig(), "fp32"), Trace()
-    levels = tower.levels_of(llava, [])
-    plain = pool.load(DataConfig(), "general", "train", llava.prompter)
-    (samples,) = tower.with_features(llava, [plain], levels)
-    tower.fill(llava, samples, range(batch_size), levels)
-    tower.stand_in(llava, levels)
+    llava, samples = _base(batch_size, cached=True)
+    step = _stepper(llava, tree)
+    batch = train_batch([samples.sample(i) for i in range(batch_size)], llava)
+    return lambda: step(batch)
+
+
+def whole_step(tree: dict[str, Any], batch_size: int, cached: bool) -> Callable[[], None]:
+    """The same from the samples on, which are read and put into a batch each time; `cached` looks features up."""
+    llava, samples = _base(batch_size, cached)
+    step = _stepper(llava, tree)
+    return lambda: step(train_batch([samples.sample(i) for i in range(batch_size)], llava))
+
+
+def _base(num_samples: int, cached: bool) -> tuple[Llava, Pool]:
+    """The pocket model, and samples with features or with pictures."""
+    llava = build(ModelConfig(), "fp32")
+    samples = pool.load(DataConfig(), "general", "train", llava.prompter)
+    if cached:
+        levels = tower.levels_of(llava, [])
+        (samples,) = tower.with_features(llava, [samples], levels)
+        tower.fill(llava, samples, range(num_samples), levels)
+        tower.stand_in(llava, levels)
+    return llava, samples
+
+
+def _stepper(llava: Llava, tree: dict[str, Any]) -> Callable[[Batch], None]:
+    trace = Trace()
     torch.manual_seed(0)
     attached = _attached(llava.model, tree, trace)
     train_projector(llava.model)
     trace.watch(llava.model)
     llava.model.train()
     adam = torch.optim.AdamW([w for w in llava.model.parameters() if w.requires_grad], lr=1e-3)
-    batch: Batch = train_batch([samples.sample(i) for i in range(batch_size)], llava)
 
-    def step() -> None:
+    def step(batch: Batch) -> None:
         batch.begin(trace)
         losses_N, _ = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
         total = losses_N.mean()
