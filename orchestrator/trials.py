@@ -4,13 +4,13 @@ import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from orchestrator.study import Arm, Study
 from search_spaces.adapters import ARMS, SPACES, Space
 from search_spaces.mixtures import MIXTURES
-from workloads.config import RunConfig, from_tree, to_tree
+from workloads.config import RunConfig, check, from_tree, to_tree
 from workloads.data import sources
 from workloads.errors import UserError, require
 from workloads.identity import fingerprint
@@ -47,12 +47,12 @@ def fixed(study: Study) -> list[Trial]:
 
     Seeds come first, so that a study stopped half-way has whole replications of the comparison.
     """
-    return [
-        build(arm_tree(study, arm), arm.name, seed, point)
-        for seed in study.seeds
+    firsts = [
+        build(arm_tree(study, arm), arm.name, study.seeds[0], point)
         for arm in study.arms
         for point in points(study)
     ]
+    return [seeded(first, seed) for seed in study.seeds for first in firsts]
 
 
 def points(study: Study) -> list[dict[str, Any]]:
@@ -115,6 +115,16 @@ def build(base: Mapping[str, Any], arm: str, seed: int, point: Mapping[str, Any]
         config = from_tree({**tree, "seed": seed, "name": f"{name}/{seed}"})
         sources.check(config)
     return Trial(arm=name, seed=seed, point=rounded, config=config, fingerprint=fingerprint(config))
+
+
+def seeded(trial: Trial, seed: int) -> Trial:
+    """The same run with another seed."""
+    if seed == trial.seed:
+        return trial
+    with naming(trial.arm):
+        config = replace(trial.config, seed=seed, name=f"{trial.arm}/{seed}")
+        check(config)
+    return replace(trial, seed=seed, config=config, fingerprint=fingerprint(config))
 
 
 @contextmanager

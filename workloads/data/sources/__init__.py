@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,7 +60,7 @@ class Packaged:
 
     def digest(self, domain: str, split: str) -> str:
         """The set's version and the hash of its raw files, the same for all of its parts."""
-        return f"{self.module.VERSION}-{hash_files(self.module.files())}"
+        return self._whole
 
     def place(self, domain: str) -> str:
         """Its pictures are in its rows."""
@@ -72,6 +73,10 @@ class Packaged:
     def scorer(self, domain: str) -> str:
         """Answers are compared exactly."""
         return _DEFAULT_SCORER
+
+    @cached_property
+    def _whole(self) -> str:
+        return f"{self.module.VERSION}-{hash_files(self.module.files())}"
 
 
 def find(name: str) -> Any:
