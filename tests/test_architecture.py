@@ -38,9 +38,9 @@ HOMES = {
 # Layers inside workloads, lowest first; a file imports its own layer or lower ones.
 LAYERS = (
     ("__version__", "errors", "schema", "config", "record", "routing", "environment"),
-    ("adapters", "llava", "data", "identity", "assets"),
+    ("adapters", "llava", "data", "identity", "meeting", "assets"),
     ("training", "evaluation"),
-    ("results", "run", "benchmarks", "export", "footprint"),
+    ("results", "run", "ahead", "benchmarks", "export", "footprint"),
 )
 LIGHT = (
     "workloads.config", "workloads.schema", "workloads.record", "workloads.evaluation.conflict",

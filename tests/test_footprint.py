@@ -1,19 +1,24 @@
 """The formulas of memory hold at 7B against published counts, and on the pocket model against what is measured."""
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
+from tests.llava import checkpoints
 from tests.llava.sentences import write_encoder
 from tests.training.runs import MIX, do, do_stages, small, stages
 from workloads import adapters, footprint, record
 from workloads.adapters.base import Trace
-from workloads.config import from_tree
+from workloads.config import ModelConfig, from_tree
+from workloads.data.cache import ENVIRONMENT_KEY
 from workloads.errors import UserError
 from workloads.identity import fingerprint
+from workloads.llava import tower
 from workloads.llava.build import build
 from workloads.run import _attached
 
@@ -282,3 +287,47 @@ def test_next_checkpoints_and_folders_without_a_config_are_told(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"model.name_or_path: .* has no config.json"):
         footprint.counts(of(tmp_path, {"name": "lora"}))
+
+
+def clip(folder):
+    checkpoints.write_parts(folder)
+
+
+def siglip(folder):
+    checkpoints.write_parts(folder)
+    shutil.rmtree(folder / "tower")
+    SiglipVisionModel(SiglipVisionConfig(**shape())).save_pretrained(folder / "tower")
+    about = {**checkpoints.IMAGES, "image_processor_type": "SiglipImageProcessor"}
+    about["size"] = about["crop_size"]
+    checkpoints.write_json(folder / "tower" / "preprocessor_config.json", about)
+
+
+def dinov2(folder):
+    checkpoints.write_parts(folder)
+    shutil.rmtree(folder / "tower")
+    Dinov2Model(Dinov2Config(**shape())).save_pretrained(folder / "tower")
+    about = {**checkpoints.IMAGES, "image_processor_type": "BitImageProcessor"}
+    checkpoints.write_json(folder / "tower" / "preprocessor_config.json", about)
+
+
+def shape():
+    return {key: value for key, value in checkpoints.vision_shape().items() if key != "projection_dim"}
+
+
+@pytest.mark.parametrize("write", [clip, siglip, dinov2])
+def test_a_row_of_features_takes_what_is_foretold_of_towers_with_and_without_a_class_token(
+    write, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path / "cache"))
+    write(tmp_path)
+    parts = {"language_model": str(tmp_path / "lm"), "vision_tower": str(tmp_path / "tower")}
+    cues = {"vce": True, "vce_levels": [-2, -3, -1], "vce_heads": 2}
+    for dtype, model in (("fp32", parts), ("bf16", {**parts, **cues})):
+        foretold = footprint.row_bytes(small(model=model, optim={"dtype": dtype}))
+        llava = build(ModelConfig(**model), dtype)
+        seer, side = tower.tower_of(llava), llava.model.config.vision_config.image_size
+        with torch.no_grad():
+            said = seer(
+                torch.zeros(1, 3, side, side, dtype=seer.dtype), output_hidden_states=True
+            ).hidden_states
+        assert foretold == sum(said[k].nbytes for k in tower.levels_of(llava, model.get("vce_levels", [])))

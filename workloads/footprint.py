@@ -20,16 +20,18 @@ Source:  Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, section 3, for what is
          activations are what autograd saves of a Llama block with frozen linears and attention that keeps no scores.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-from workloads import adapters
+from workloads import adapters, meeting
 from workloads.adapters.base import count
 from workloads.adapters.parts import iso
 from workloads.config import RunConfig
+from workloads.data import mixture, sources
 from workloads.llava import kinds, vce
 from workloads.llava.build import described_shape, train_projector
 
@@ -206,6 +208,47 @@ def disk(config: RunConfig, sizes: Counts) -> tuple[int, int]:
     """
     adapter = sizes.saved.bytes(config.optim.dtype)
     return adapter, 2 * (adapter + 12 * sizes.trained) if config.execution.checkpoint_every else 0
+
+
+def features(configs: Iterable[RunConfig]) -> tuple[int, int]:
+    """Images that runs with a feature cache meet, each once for every way to see it, and bytes of their features.
+
+    Exact where every sample is usable and the budget is in samples; one in tokens counts as all samples.
+    """
+    met: dict[tuple[Any, ...], np.ndarray] = {}
+    widths: dict[tuple[Any, ...], int] = {}
+    keeping = [config for config in configs if config.execution.feature_cache]
+    for config in {repr((c.model, c.optim.dtype, c.data, c.eval, c.seed)): c for c in keeping}.values():
+        view = (meeting.base(config), *meeting.cues(config.model))
+        if view not in widths:
+            widths[view] = row_bytes(config)
+        for domain, split, size, indices in _met(config):
+            key = (view, meeting.held(config.data), domain, split)
+            met.setdefault(key, np.zeros(size, dtype=bool))[indices] = True
+    images = {key: int(seen.sum()) for key, seen in met.items()}
+    return sum(images.values()), sum(count * widths[key[0]] for key, count in images.items())
+
+
+def _met(config: RunConfig) -> Iterator[tuple[str, str, int, Any]]:
+    """Domain, split, size and pool indices of all that a run meets when every sample is usable."""
+    data, source = config.data, sources.of(config.data)
+    sizes = {domain: source.size(domain, "train") for domain in mixture.domains(data)}
+    usable = {domain: range(size) for domain, size in sizes.items()}
+    picked = usable if data.tokens else mixture.picks(data, usable, config.seed)
+    for domain, size in sizes.items():
+        yield domain, "train", size, picked[domain]
+    for domain in sources.evaluated(config):
+        size = source.size(domain, config.eval.split)
+        yield domain, config.eval.split, size, range(config.eval.samples)
+
+
+def row_bytes(config: RunConfig) -> int:
+    """Bytes of what the tower says of one image at the levels that a run reads."""
+    shape: Any = described_shape(config.model)
+    vision, own = shape.vision_config, shape.vision_feature_layer
+    levels = {*([own] if isinstance(own, int) else own), *meeting.cues(config.model)}
+    tokens = (vision.image_size // vision.patch_size) ** 2 + kinds.class_tokens(kinds.empty(shape))
+    return len(levels) * tokens * vision.hidden_size * BYTES[config.optim.dtype]
 
 
 def flops(config: RunConfig, sizes: Counts, samples: int) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from workloads import adapters, environment, identity, record, results
+from workloads import adapters, environment, identity, meeting, record, results
 from workloads.adapters.base import Attached, Trace, count
 from workloads.config import RunConfig, to_tree
 from workloads.data import pool, sources
@@ -27,6 +27,8 @@ from workloads.training.past.lineage import Course, Stage
 
 Metrics = dict[str, float | int | str]
 Report = Callable[[Metrics, Path | None], None]
+# Gives the vetted pool of a domain and split.
+Read = Callable[[str, str], Pool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,14 @@ class Material:
     # Domain -> indices of the evaluation items.
     items: dict[str, list[int]]
     rejected: list[Rejected]
+
+    def met(self, config: RunConfig) -> list[tuple[Pool, list[int]]]:
+        """Every pool, those of training first, with the indices whose pictures the run sees."""
+        slots, pools = self.course.met(config), self.course.pools
+        train = [
+            (each, sorted({slot.index for slot in slots if slot.domain == d})) for d, each in pools.items()
+        ]
+        return [*train, *((each, self.items[domain]) for domain, each in self.eval_pools.items())]
 
     def eval_hash(self) -> str:
         """Hash of the decoded evaluation items."""
@@ -144,41 +154,36 @@ def _base(config: RunConfig) -> Llava:
     """The base model, whole or partitioned, where it computes."""
     sharded = engine.sharded_init(config.execution.zero_stage, config.optim.dtype)
     llava = build(config.model, config.optim.dtype, sharded)
-    check_context(config, llava)
-    if config.model.vce:
-        vce.check(llava.model, config.model.vce_levels, config.model.vce_heads, config.model.vce_points)
+    check_base(config, llava)
     llava.model.to(engine.device())  # pyright: ignore[reportArgumentType]
     return llava
 
 
-def _material(config: RunConfig, llava: Llava, stages: Sequence[Stage]) -> Material:
-    """What the run sees; of an image the tower's features alone where those are cached."""
-    pools = _pools(config, llava, lineage.domains(config, stages), "train")
-    eval_pools = _pools(config, llava, sources.evaluated(config), config.eval.split)
+def choose(config: RunConfig, stages: Sequence[Stage], read: Read) -> Material:
+    """What a run after `stages` trains on and is scored on; raises `UserError` on too many bad or too few samples."""
+    pools = {domain: read(domain, "train") for domain in lineage.domains(config, stages)}
+    eval_pools = {domain: read(domain, config.eval.split) for domain in sources.evaluated(config)}
     rejected = pool.check_rejected([*pools.values(), *eval_pools.values()], config.data.max_rejected)
     course = lineage.course(config, stages, pools)
-    items = {d: _first(config, d, p) for d, p in eval_pools.items()}
-    if config.execution.feature_cache:
-        pools, eval_pools = _seen_once(config, llava, (pools, course.met(config)), (eval_pools, items))
-        course = replace(course, pools=pools)
-    eval_pools = lineage.with_tasks(config, stages, eval_pools)
+    items = {domain: _first(config, domain, each) for domain, each in eval_pools.items()}
     return Material(course=course, eval_pools=eval_pools, items=items, rejected=rejected)
 
 
-def _seen_once(
-    config: RunConfig,
-    llava: Llava,
-    train: tuple[dict[str, Pool], list[Slot]],
-    evaluation: tuple[dict[str, Pool], dict[str, list[int]]],
-) -> tuple[dict[str, Pool], dict[str, Pool]]:
-    """The pools with the tower's features of all samples that the run meets; a stand-in takes the tower's place."""
-    (pools, stream), (eval_pools, items) = train, evaluation
-    levels = tower.levels_of(llava, config.model.vce_levels if config.model.vce else [])
-    met = [sorted({slot.index for slot in stream if slot.domain == d}) for d in pools]
-    met += [items[d] for d in eval_pools]
+def _material(config: RunConfig, llava: Llava, stages: Sequence[Stage]) -> Material:
+    """What the run sees; of an image the tower's features alone where those are cached."""
+    seen = choose(config, stages, lambda d, split: pool.load(config.data, d, split, llava.prompter))
+    if config.execution.feature_cache:
+        seen = _seen_once(config, llava, seen)
+    return replace(seen, eval_pools=lineage.with_tasks(config, stages, seen.eval_pools))
+
+
+def _seen_once(config: RunConfig, llava: Llava, seen: Material) -> Material:
+    """The same with the tower's features of all images that the run meets; a stand-in takes the tower's place."""
+    levels = tower.levels_of(llava, meeting.cues(config.model))
+    pools, met = zip(*seen.met(config), strict=True)
     world, rank = engine.world_size(), engine.rank()
     with engine.gathered(tower.tower_of(llava).parameters()):
-        opened = tower.with_features(llava, [*pools.values(), *eval_pools.values()], levels)
+        opened = tower.with_features(llava, pools, levels)
         for part, indices in zip(opened, met, strict=True):
             tower.fill(llava, part, indices[rank::world], levels)
         engine.barrier()
@@ -186,8 +191,9 @@ def _seen_once(
             for part, indices in zip(opened, met, strict=True):
                 tower.fill(llava, part, indices, levels)
     tower.stand_in(llava, levels)
-    split = len(pools)
-    return dict(zip(pools, opened[:split], strict=True)), dict(zip(eval_pools, opened[split:], strict=True))
+    train, evaluation = opened[: len(seen.course.pools)], opened[len(seen.course.pools) :]
+    course = replace(seen.course, pools=dict(zip(seen.course.pools, train, strict=True)))
+    return replace(seen, course=course, eval_pools=dict(zip(seen.eval_pools, evaluation, strict=True)))
 
 
 def _attached(config: RunConfig, llava: Llava, trace: Trace) -> Attached:
@@ -236,8 +242,10 @@ def _engine(config: RunConfig, llava: Llava) -> engine.Engine:
     return engine.Engine(llava.model, config.optim, config.execution, projector_weights(llava.model))
 
 
-def check_context(config: RunConfig, llava: Llava) -> None:
-    """Raise `UserError` when prompts and answers may be longer than the language model's context."""
+def check_base(config: RunConfig, llava: Llava) -> None:
+    """Raise `UserError` when VCE does not fit, or prompts and answers may be longer than the model's context."""
+    if config.model.vce:
+        vce.check(llava.model, config.model.vce_levels, config.model.vce_heads, config.model.vce_points)
     text: Any = llava.model.config.text_config
     context: int = text.max_position_embeddings
     length = config.data.max_length
@@ -245,10 +253,6 @@ def check_context(config: RunConfig, llava: Llava) -> None:
     room = context - config.eval.max_new_tokens
     allowed = f"less than the model's context of {context} tokens, prompt included"
     require(room >= length, "eval.max_new_tokens", config.eval.max_new_tokens, allowed)
-
-
-def _pools(config: RunConfig, llava: Llava, domains: list[str], split: str) -> dict[str, Pool]:
-    return {domain: pool.load(config.data, domain, split, llava.prompter) for domain in domains}
 
 
 def _first(config: RunConfig, domain: str, items: Pool) -> list[int]:

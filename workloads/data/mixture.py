@@ -90,22 +90,42 @@ def stream(
     `lengths` are the tokens of each pool's samples by pool index; a budget in tokens needs them.
     """
     parts = multiples(config, {domain: len(accepted[domain]) for domain in domains(config)})
-    names = list(parts)
-    picks: list[np.ndarray] = []
+    picked = picks(config, accepted, seed, lengths)
+    names = list(picked)
     keys: list[np.ndarray] = []
-    for domain in names:
-        budget = parts[domain] * unit(config)
-        own = np.asarray(lengths[domain]) if config.tokens and lengths is not None else None
-        pick = _pick(config, domain, np.asarray(accepted[domain], dtype=np.int64), own, budget, seed)
-        costs = _costs(pick, own)
+    for domain, pick in picked.items():
+        costs = _costs(pick, _lengths(config, domain, lengths))
         jitter = _random(seed, _INTERLEAVE, domain).random(len(pick))
         # Place of a sample among all samples; a common factor in the budgets leaves the order unchanged.
         keys.append((np.cumsum(costs) - costs + jitter * costs) / parts[domain])
-        picks.append(pick)
-    owner = np.repeat(np.arange(len(names)), [len(pick) for pick in picks])
-    index = np.concatenate(picks)
+    owner = np.repeat(np.arange(len(names)), [len(pick) for pick in picked.values()])
+    index = np.concatenate(list(picked.values()))
     order = np.argsort(np.concatenate(keys), kind="stable")
     return [Slot(domain=names[owner[i]], index=int(index[i])) for i in order]
+
+
+def picks(
+    config: DataConfig,
+    accepted: Mapping[str, Sequence[int]],
+    seed: int,
+    lengths: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, np.ndarray]:
+    """Domain -> the pool indices that `stream` has of it, in its order, without that between domains."""
+    parts = multiples(config, {domain: len(accepted[domain]) for domain in domains(config)})
+    return {
+        domain: _pick(
+            config, domain, np.asarray(accepted[domain], dtype=np.int64), _lengths(config, domain, lengths),
+            part * unit(config), seed,
+        )
+        for domain, part in parts.items()
+    }  # fmt: skip
+
+
+def _lengths(
+    config: DataConfig, domain: str, lengths: Mapping[str, Sequence[int]] | None
+) -> np.ndarray | None:
+    """The tokens of a domain's samples, where the budget is in tokens."""
+    return np.asarray(lengths[domain]) if config.tokens and lengths is not None else None
 
 
 def _pick(

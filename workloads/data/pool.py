@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -124,12 +125,9 @@ def load(data: DataConfig, domain: str, split: str, prompter: Prompter) -> Pool:
 
     Raises `UserError` when the cache cannot be written.
     """
-    source = sources.of(data)
-    rows = vetting.plain(source.load(domain, split))
-    held = f"{source.digest(domain, split)} {source.place(domain)}".strip()
-    settings = f"{held} {prompter.version} {data.max_length}".encode()
-    key = f"{data.source}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
-    verdicts = vetting.verdicts(cache_dir() / "verdicts" / f"{key}.json", rows, prompter, data.max_length)
+    rows = vetting.plain(sources.of(data).load(domain, split))
+    key = _key(data, domain, split, prompter)
+    verdicts = vetting.verdicts(_kept(key), rows, prompter, data.max_length)
     faults = [(i, verdict.fault) for i, verdict in enumerate(verdicts) if verdict.fault]
     return Pool(
         key=f"{key}-blind" if data.blind else key,
@@ -141,6 +139,23 @@ def load(data: DataConfig, domain: str, split: str, prompter: Prompter) -> Pool:
         lengths=[verdict.length for verdict in verdicts],
         blind=data.blind,
     )
+
+
+def is_vetted(data: DataConfig, domain: str, split: str, prompter: Prompter) -> bool:
+    """Whether the verdicts on a pool are in the cache."""
+    return _kept(_key(data, domain, split, prompter)).is_file()
+
+
+def _key(data: DataConfig, domain: str, split: str, prompter: Prompter) -> str:
+    """Names the samples of a domain and split, their pictures' place and the tokenizer."""
+    source = sources.of(data)
+    held = f"{source.digest(domain, split)} {source.place(domain)}".strip()
+    settings = f"{held} {prompter.version} {data.max_length}".encode()
+    return f"{data.source}-{domain}-{split}-{hashlib.sha256(settings).hexdigest()[:16]}"
+
+
+def _kept(key: str) -> Path:
+    return cache_dir() / "verdicts" / f"{key}.json"
 
 
 def content_hash(pools: Mapping[str, Pool], slots: Iterable[Slot]) -> str:

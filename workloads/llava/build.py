@@ -171,15 +171,10 @@ def _image_tokens(folder: Path, model: Model, processor: Any) -> int:
     and many checkpoints leave out that the tower has a class token.
     """
     config: Any = model.config
-    vision, embeddings = (
-        config.vision_config,
-        model.get_submodule("model.vision_tower").get_submodule("embeddings"),
-    )
+    vision = config.vision_config
     processor.patch_size = vision.patch_size
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    processor.num_additional_image_tokens = int(
-        any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
-    )
+    processor.num_additional_image_tokens = kinds.class_tokens(model)
     side = vision.image_size
     blank_HWC = np.zeros((side, side, 3), dtype=np.uint8)
     pixels = images.pixels([blank_HWC], processor.image_processor, "crop")

@@ -57,6 +57,12 @@ def is_tiled(shape: Any) -> bool:
     return isinstance(shape, LlavaNextConfig)
 
 
+def class_tokens(model: Model) -> int:
+    """Tokens of an image that the tower puts before its patches."""
+    embeddings = model.get_submodule("model.vision_tower").get_submodule("embeddings")
+    return int(any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token")))
+
+
 class Tiles:
     """How many tokens an image takes that is cut into tiles, by the processor's own count."""
 
