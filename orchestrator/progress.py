@@ -21,6 +21,24 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class Ahead:
+    """Counts the images of work that comes before the trials."""
+
+    def __init__(self, work: str) -> None:
+        self.work, self.total, self.done = work, 0, 0
+        self.started = self.last = time.monotonic()
+
+    def line(self) -> str:
+        """The state in one line."""
+        elapsed = (self.last if self.done == self.total else time.monotonic()) - self.started
+        parts = [f"{self.work}: {self.done}/{self.total} images"]
+        parts += [f"{self.done / elapsed:.0f} images/s"] if self.done and elapsed else []
+        parts += [f"{duration(elapsed)} gone"]
+        if 0 < self.done < self.total:
+            parts += [f"{duration((self.total - self.done) * elapsed / self.done)} left"]
+        return ", ".join(parts)
+
+
 class Progress:
     """Counts trials and shows where a sweep is; a context manager."""
 
@@ -32,6 +50,8 @@ class Progress:
         self.failed = 0
         # Running trials by fingerprint: share of their steps done, samples per second.
         self.running: dict[str, tuple[float, float]] = {}
+        # Work before the trials, by its name.
+        self.before_trials: dict[str, Ahead] = {}
         self.started = time.monotonic()
         self.shown = self.started
         self.live: Live | None = None
@@ -55,7 +75,7 @@ class Progress:
     def begin(self, key: str) -> None:
         """A trial starts."""
         self.running[key] = (0.0, 0.0)
-        self._show()
+        self.show()
 
     def event(self, key: str, event: Mapping[str, Any]) -> None:
         """A trial has reported."""
@@ -63,7 +83,7 @@ class Progress:
         steps = event.get("num_steps", 0)
         share = event.get("step", 0) / steps if steps else share
         self.running[key] = (share, float(event.get("samples_per_second", speed)))
-        self._show()
+        self.show()
 
     def end(self, key: str, name: str, failed: str = "") -> None:
         """A trial has ended, well or with an error's one line."""
@@ -74,7 +94,22 @@ class Progress:
             self.say(f"{name} failed: {failed}")
         elif self.live is None:
             self.say(self.line())
-        self._show()
+        self.show()
+
+    def ahead(self, work: str, total: int, done: int) -> None:
+        """Work before the trials has so many more images to do, and has done; the line is about the work begun last."""
+        if total or done:
+            part = self.before_trials.setdefault(work, Ahead(work))
+            part.total, part.done, part.last = part.total + total, part.done + done, time.monotonic()
+        self.show()
+
+    def end_ahead(self) -> None:
+        """The trials are next, whose time counts from now; how far the work before them came stays on the screen."""
+        for part in self.before_trials.values():
+            self.say(part.line())
+        if self.before_trials:
+            self.before_trials = {}
+            self.started = self.shown = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -82,6 +117,8 @@ class Progress:
 
     def line(self) -> str:
         """The state in one line."""
+        if parts := [*self.before_trials.values()]:
+            return parts[-1].line()
         elapsed = time.monotonic() - self.started
         # A copy, since the live line is drawn by a thread of its own.
         running = list(self.running.values())
@@ -95,7 +132,8 @@ class Progress:
         parts += [f"{duration(left)} left"] if left is not None else []
         return ", ".join(parts)
 
-    def _show(self) -> None:
+    def show(self) -> None:
+        """Print the line now and then, where there is no live one."""
         now = time.monotonic()
         if self.live is None and now - self.shown > _PLAIN_EVERY:
             self.shown = now

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from orchestrator.plan import planned, samples
 from orchestrator.study import Study
+from orchestrator.trials import foreseen
 from workloads.config import RunConfig
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def sizing(study: Study) -> Sizing:
 
     trials = planned(study)
     arms = {trial.arm: trial.config for trial in trials}
-    sizes = {arm: footprint.counts(config) for arm, config in arms.items()}
+    # Arms that differ in what they train on have the same weights.
+    distinct = {repr((config.model, config.adapter)): config for config in arms.values()}
+    counted = {key: footprint.counts(config) for key, config in distinct.items()}
+    sizes = {arm: counted[repr((config.model, config.adapter))] for arm, config in arms.items()}
     largest = max(sizes, key=lambda arm: sizes[arm].trained)
     config, count = arms[largest], sizes[largest]
     out = Table(
@@ -54,10 +58,13 @@ def sizing(study: Study) -> Sizing:
     adapter, checkpoints = map(
         max, zip(*(footprint.disk(arms[arm], sizes[arm]) for arm in arms), strict=True)
     )
+    images, features = footprint.features(foreseen(study, trials))
+    kept = f"; features of {images:,} images: {_bytes(features)}" if images else ""
+    disk = f"an adapter of at most {_bytes(adapter)} a run; checkpoints of {_bytes(checkpoints)} while it trains"
     lines = [
         _as_set(config, footprint.memory(config, count)),
         f"weights: {count.trained / 1e6:.2f} M train, {count.frozen / 1e6:.2f} M are frozen",
-        f"disk: an adapter of at most {_bytes(adapter)} a run; checkpoints of {_bytes(checkpoints)} while it trains",
+        f"disk: {disk}{kept}",
     ]
     a100, h100 = (
         sum(footprint.hours(t.config, sizes[t.arm], samples(t.config), gpu) for t in trials)

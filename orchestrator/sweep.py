@@ -15,7 +15,7 @@ from orchestrator.progress import Progress
 from orchestrator.store import Ledger, Store
 from orchestrator.streams import expanded
 from orchestrator.study import Study
-from orchestrator.trials import Trial, distinct, row, search_points
+from orchestrator.trials import Trial, distinct, foreseen, row, search_points
 from orchestrator.uploader import Uploader
 from workloads.record import load
 
@@ -113,6 +113,7 @@ def _train(
     todo = [trial for key, trial in distinct(trials).items() if not store.finished(key)]
     if not todo and not study.search:
         return
+    from orchestrator import ahead
     from orchestrator.tuner import Watcher, run_list, run_search
 
     watcher = Watcher(ledger, store, progress)
@@ -129,6 +130,8 @@ def _train(
         with cluster.connected(
             study.resources, threads, options.address, ledger.path.parent / "driver.log"
         ) as slots:
+            configs = foreseen(study, todo)
+            ahead.build(configs, study.resources, slots, progress, is_local=not options.address)
             if study.search:
                 run_search(study, store, watcher, slots)
             else:

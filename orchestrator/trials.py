@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -70,6 +70,14 @@ def search_points(study: Study) -> list[Trial]:
         first = build(arm_tree(study, arm), arm.name, search.seeds[0], point)
         out += [first] * (search.trials_per_arm * len(search.seeds))
     return out
+
+
+def foreseen(study: Study, todo: Sequence[Trial]) -> list[RunConfig]:
+    """The runs to come; of a search, which draws its points as it goes, every arm's first one with every seed."""
+    if not study.search:
+        return [trial.config for trial in todo]
+    firsts = {trial.arm: trial for trial in search_points(study)}
+    return [seeded(first, seed).config for first in firsts.values() for seed in study.search.seeds]
 
 
 def space_of(study: Study, arm: Arm) -> Space:

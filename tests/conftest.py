@@ -15,6 +15,7 @@ IMAGE_TOKEN = 3
 # Tests that start Ray or a second worker take longest.
 MANY_PROCESSES = {
     "orchestrator": (
+        "test_ahead",
         "test_cli",
         "test_cluster",
         "test_sources_end_to_end",

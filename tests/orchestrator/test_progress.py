@@ -55,3 +55,37 @@ def test_markup_in_a_reason_is_printed_as_it_is(clock):
 
 def test_durations_read_like_a_clock():
     assert [duration(s) for s in (0, 59.6, 61, 3723)] == ["0:00", "1:00", "1:01", "1:02:03"]
+
+
+def test_work_before_the_trials_has_the_line_until_they_begin(clock):
+    shown = _progress(total=2)
+    clock[0] += 7
+    for more in (100, 200, 0):
+        shown.ahead("features", more, 0)
+    assert shown.line() == "features: 0/300 images, 0:00 gone"
+    clock[0] += 10
+    shown.ahead("features", 0, 100)
+    assert shown.line() == "features: 100/300 images, 10 images/s, 0:10 gone, 0:20 left"
+    clock[0] += 16
+    shown.show()
+    clock[0] += 4
+    shown.ahead("features", 0, 200)
+    clock[0] += 5
+    shown.end_ahead()
+    assert shown.console.file.getvalue().splitlines() == [
+        "features: 100/300 images, 10 images/s, 0:10 gone, 0:20 left",
+        "features: 100/300 images, 4 images/s, 0:26 gone, 0:52 left",
+        "features: 300/300 images, 10 images/s, 0:30 gone",
+    ]
+    # The trials' own time starts behind them.
+    shown.begin("a")
+    shown.event("a", {"event": "train", "step": 20, "num_steps": 40, "samples_per_second": 5.0})
+    clock[0] += 30
+    assert shown.line() == "0/2 trials, 1 running, 5 samples/s, 0:30 gone, 1:30 left"
+
+
+def test_without_work_before_the_trials_nothing_is_said(clock):
+    shown = _progress(total=2)
+    shown.ahead("", 0, 0)
+    shown.end_ahead()
+    assert shown.console.file.getvalue() == ""
