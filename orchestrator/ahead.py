@@ -143,7 +143,8 @@ def _work(
             maker = todo.popleft()
             trees = [to_tree(wanted[key]) for key in maker.lacking]
             streams[_on(maker.node, make, need).remote(trees, maker.part, maker.parts)] = time.monotonic()
-        for stream in ray.wait(list(streams), timeout=1.0)[0]:
+        ready = set(ray.wait(list(streams), timeout=1.0)[0])
+        for stream in [known for known in streams if known in ready]:
             try:
                 work, total, done, fault = ray.get(next(stream))
             except StopIteration:

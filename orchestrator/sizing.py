@@ -60,7 +60,9 @@ def sizing(study: Study) -> Sizing:
     )
     images, features = footprint.features(foreseen(study, trials))
     kept = f"; features of {images:,} images: {_bytes(features)}" if images else ""
-    disk = f"an adapter of at most {_bytes(adapter)} a run; checkpoints of {_bytes(checkpoints)} while it trains"
+    disk = (
+        f"an adapter of at most {_bytes(adapter)} a run; checkpoints of {_bytes(checkpoints)} while it trains"
+    )
     lines = [
         _as_set(config, footprint.memory(config, count)),
         f"weights: {count.trained / 1e6:.2f} M train, {count.frozen / 1e6:.2f} M are frozen",
