@@ -122,6 +122,39 @@ def test_coins_boxes_are_the_references_of_grounding(tmp_path):
     assert row["answers"] == ["[0.1,0.2,0.3,0.4]"]
 
 
+@pytest.mark.parametrize("name", sorted(writers.WRITERS))
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_same_files_in_another_folder_have_the_same_identity(name, split, tmp_path):
+    places = (tmp_path / "one", tmp_path / "deeper" / "two")
+    digests = {source(place, writers.WRITERS[name](place)).digest("d", split) for place in places}
+    assert len(digests) == 1
+
+
+def test_a_slice_of_a_split_on_the_hub_has_rows_and_identity_of_its_own(tmp_path):
+    domain = writers.hub(tmp_path)
+    parts = {part: {**domain, "train": f"train{part}"} for part in ("", "[:5]", "[5:]", "[:50%]")}
+    found = {part: [row["id"] for row in rows(tmp_path, one)] for part, one in parts.items()}
+    assert {part: len(ids) for part, ids in found.items()} == {"": 12, "[:5]": 5, "[5:]": 7, "[:50%]": 6}
+    assert len({source(tmp_path, one).digest("d", "train") for one in parts.values()}) == len(parts)
+
+
+def test_pictures_and_lists_of_them_are_left_as_bytes_by_the_hubs_sets(tmp_path, monkeypatch):
+    one, two = ({"bytes": writers.picture(value), "path": None} for value in (10, 20))
+    held = datasets.Dataset.from_dict(
+        {"image": [one], "images": [[two, one]], "question": ["which ?"], "answer": ["boot"]},
+        features=datasets.Features({
+            "image": datasets.Image(), "images": datasets.List(datasets.Image()),
+            "question": datasets.Value("string"), "answer": datasets.Value("string"),
+        }),
+    )  # fmt: skip
+    (tmp_path / "set").mkdir()
+    held.to_parquet(tmp_path / "set" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.Image, "decode_example", None)
+    (row,) = rows(tmp_path, {"format": "hub", "name": "set", "train": "train"})
+    assert row["fault"] == ""
+    assert row["images"] == [one, two, one]
+
+
 def test_identity_follows_content_and_not_place(tmp_path):
     one = source(tmp_path / "one", writers.llava_json(tmp_path / "one"))
     two = source(tmp_path / "two", writers.llava_json(tmp_path / "two"))

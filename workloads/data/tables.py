@@ -5,9 +5,11 @@ convert` writes them), or as `question` and `answer` or `answers`; and `image` o
 of both, or a list of those.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from workloads.data import rows
 from workloads.data.formats import Part
@@ -32,6 +34,27 @@ def chosen(part: Part, there: Sequence[str]) -> dict[str, str]:
     allowed = f"none of conversations, turns, question; columns: {', '.join(there)}"
     require(bool(has_text), key, named, allowed)
     return columns
+
+
+def records(batch: pa.RecordBatch | pa.Table) -> Iterator[dict[str, Any] | str]:
+    """The records of a batch under the table's names, or what is wrong with one."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for place in range(batch.num_rows):
+            try:
+                yield batch.slice(place, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield "record: not UTF-8"
+
+
+def row_under(
+    columns: Mapping[str, str], record: Mapping[str, Any] | str, position: int, folder: Path
+) -> Row:
+    """The row of what `records` gave, by the `columns` that are `chosen`."""
+    if isinstance(record, str):
+        return rows.faulty(f"#{position}", record)
+    return row_of({ours: record[theirs] for ours, theirs in columns.items()}, position, folder)
 
 
 def row_of(record: Mapping[str, Any], position: int, folder: Path) -> Row:

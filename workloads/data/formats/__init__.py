@@ -1,7 +1,8 @@
 """Formats of instruction data, one file each: how the records of one split of one domain become rows.
 
 A format has a `VERSION`, `files(part)`, whose contents decide the rows, and `rows(part)`, a stream of
-`workloads.data.rows` in which bad records stand as faults.
+`workloads.data.rows` in which bad records stand as faults; where a split may be a slice of its files, `extent(part)`
+tells which.
 """
 
 import importlib

@@ -1,15 +1,16 @@
 """Sets of the Hugging Face Hub by name, or a set's folder on disk: `name`, its `subset`, and names of its splits.
 
-`datasets` downloads and keeps them; no set brings code. What identifies a set is the content of its Arrow files. A
-process asks for a split once: its rows are those of its identity, also when the set changes on the hub or on disk.
+`datasets` downloads and keeps them; no set brings code. What identifies a set is the content of its Arrow files, and of
+a slice of a split what it takes of them. A process asks for a split once: its rows are those of its identity, also when
+the set changes on the hub or on disk.
 """
 
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
+import pyarrow as pa
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from workloads.data import tables
@@ -18,6 +19,8 @@ from workloads.data.rows import Row
 from workloads.errors import UserError, require
 
 VERSION = "1"
+# Records in memory at once; they hold their images.
+_BATCH = 64
 
 
 def files(part: Part) -> list[Path]:
@@ -26,13 +29,22 @@ def files(part: Part) -> list[Path]:
     return [Path(file["filename"]) for file in _loaded(part).cache_files]
 
 
+def extent(part: Part) -> str:
+    """What the split takes of its files, where that is not all: `train[:80%]`."""
+    return part.named if "[" in part.named else ""
+
+
 def rows(part: Part) -> Iterator[Row]:
     """The rows of the split; images are not decoded."""
     found, folder = _loaded(part), _folder(part) or Path(HF_HUB_CACHE).resolve()
     columns = tables.chosen(part, found.column_names)
-    for position, record in enumerate(found.select_columns(list(dict.fromkeys(columns.values())))):
-        values = {ours: dict(record)[theirs] for ours, theirs in columns.items()}
-        yield tables.row_of(values, position, folder)
+    read = found.select_columns(list(dict.fromkeys(columns.values()))).with_format("arrow")
+    position = 0
+    for batch in read.iter(_BATCH):
+        assert isinstance(batch, pa.Table)
+        for record in tables.records(batch):
+            yield tables.row_under(columns, record, position, folder)
+            position += 1
 
 
 def _folder(part: Part) -> Path | None:
@@ -57,15 +69,5 @@ def _loaded(part: Part) -> datasets.Dataset:
 
 @functools.cache
 def _set(where: str, subset: str, split: str) -> datasets.Dataset:
-    """A split with its images left as they are."""
-    found: Any = datasets.load_dataset(where, subset or None, split=split)
-    return found.cast(datasets.Features({name: _bare(f) for name, f in found.features.items()}))
-
-
-def _bare(feature: Any) -> Any:
-    """The feature with images left as bytes and paths."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List):
-        return datasets.List(_bare(feature.feature))
-    return feature
+    """A split as it is kept: a cast would write a copy, whose content tells the folder that the set came from."""
+    return datasets.load_dataset(where, subset or None, split=split)

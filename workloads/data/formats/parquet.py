@@ -6,12 +6,10 @@ name is not ours (`workloads.data.tables`).
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 
-from workloads.data import rows as form
 from workloads.data import tables
 from workloads.data.formats import Part
 from workloads.data.rows import Row
@@ -43,26 +41,8 @@ def rows(part: Part) -> Iterator[Row]:
             with parquet.ParquetFile(path) as file:
                 columns = tables.chosen(part, file.schema_arrow.names)
                 for batch in file.iter_batches(_BATCH, columns=list(dict.fromkeys(columns.values()))):
-                    for record in _records(batch):
-                        yield _row(record, columns, position, folder)
+                    for record in tables.records(batch):
+                        yield tables.row_under(columns, record, position, folder)
                         position += 1
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path}: not readable as Parquet: {' '.join(str(error).split())}") from None
-
-
-def _row(record: dict[str, Any] | str, columns: dict[str, str], position: int, folder: Path) -> Row:
-    if isinstance(record, str):
-        return form.faulty(f"#{position}", record)
-    return tables.row_of({ours: record[theirs] for ours, theirs in columns.items()}, position, folder)
-
-
-def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    """The records of a batch, or what is wrong with one."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for place in range(batch.num_rows):
-            try:
-                yield batch.slice(place, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield "record: not UTF-8"

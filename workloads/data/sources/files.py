@@ -1,8 +1,9 @@
 """The source `files`: domains whose records lie on disk or on the hub, each in a format of workloads/data/formats.
 
 Records become rows in an Arrow file of the cache, once for each content of their files; images stay where they are.
-The identity of a split is its format's version, the content of its files and the names of its columns; the content
-of image files is hashed picture by picture when a pool is vetted, and enters a run's stream and evaluation hashes.
+The identity of a split is its format's version, the content of its files (and what it takes of them, where that is
+not all) and the names of its columns; the content of image files is hashed picture by picture when a pool is vetted,
+and enters a run's stream and evaluation hashes.
 """
 
 import hashlib
@@ -52,7 +53,8 @@ class Files:
         """What the rows follow from: versions, columns and the content of files."""
         part = self._part(domain, split)
         found = formats.find(part.config.format)
-        settings = json.dumps([VERSION, part.config.columns, split], sort_keys=True)
+        extent = [found.extent(part)] if hasattr(found, "extent") else []
+        settings = json.dumps([VERSION, part.config.columns, split, *extent], sort_keys=True)
         text = f"{settings} {found.VERSION} {hash_contents(found.files(part))}"
         return f"{part.config.format}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
