@@ -7,9 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.results import StudyResults
+from dashboards.stream_differences import PAIRED, differences
 from dashboards.stream_rows import COLUMNS, ROLES, StreamRow, StreamSummary, scale_of, summarise_stream
 from dashboards.streams import Stream, missing_lines, stream_of
-from dashboards.units import NO_MEAN, UNITS, signed, spread, with_spread
+from dashboards.units import NO_MEAN, UNITS, bracket, signed, spread, with_spread
 from workloads.evaluation.statistics import Interval
 from workloads.record import Scale, no_mean
 
@@ -25,6 +26,7 @@ def stream_parts(results: StudyResults) -> list[RenderableType]:
         return []
     found = summarise_stream(stream)
     parts: list[RenderableType] = [_main_table(found), _order_table(found)]
+    parts += [_difference_table(stream)] if len(stream.arms) > 1 and stream.scale else []
     parts += [Text(line) for line in scale_lines(stream)]
     return parts + [Text(f"missing: {line}", style="red") for line in missing_lines(stream)]
 
@@ -92,6 +94,23 @@ def _order_table(found: StreamSummary) -> Table:
             label = f"{bound.arm} ({ROLES[bound.role]})"
             table.add_row(*(Text(cell) for cell in (label, "", "", "", "", *cells)))
     return table
+
+
+def _difference_table(stream: Stream) -> Table:
+    table = _table("Differences between arms, paired over orders and seeds, with 95 % intervals")
+    table.add_column("arm − arm")
+    table.add_column("orders × seeds", justify="right")
+    for name in PAIRED:
+        table.add_column(COLUMNS[name].heading, justify="right")
+    for row in differences(stream):
+        size = f"{row.num_orders} × {row.num_seeds}" if row.num_orders else "–"
+        cells = [_paired(row.values[name], stream.scale) for name in PAIRED]
+        table.add_row(*(Text(cell) for cell in (f"{row.arm} − {row.against}", size, *cells)))
+    return table
+
+
+def _paired(interval: Interval | None, scale: Scale | None) -> str:
+    return f"{signed(interval.mean, scale)} {bracket(interval, scale)}" if interval and scale else "–"
 
 
 def _sensitivity(found: StreamSummary, arm: str) -> Sequence[str]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from dashboards.figures import nice_limit
 from dashboards.results import StudyResults
+from dashboards.stream_differences import PAIRED, Difference, differences
 from dashboards.stream_figures import Dot, Spot, TaskLine
 from dashboards.stream_rows import COLUMNS, ROLES, StreamSummary, scale_of, summarise_stream, values_of
 from dashboards.stream_tables import scale_lines
@@ -87,6 +88,9 @@ class StreamView:
     summary: StreamSummary
     columns: dict[str, tuple[str, str, bool, Scale | None]]
     roles: dict[str, str]
+    # Differences of arms and the headings of their metrics; none where the tasks' scales differ.
+    differences: tuple[Difference, ...]
+    paired: dict[str, str]
     arms: tuple[ArmView, ...]
     # Order -> colour, and the ends of the strips' axis.
     orders: dict[str, str]
@@ -113,6 +117,8 @@ def view_of(results: StudyResults) -> StreamView | None:
             for name, column in COLUMNS.items()
         },
         roles=ROLES,
+        differences=differences(stream) if stream.scale else (),
+        paired={name: COLUMNS[name].heading for name in PAIRED},
         arms=tuple(_arm_view(stream, arm) for arm in stream.arms if _chosen(stream, arm)),
         orders=orders,
         strips=strips,
