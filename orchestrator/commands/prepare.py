@@ -17,6 +17,9 @@ def prepare(
         int, typer.Option("--layers", help="Blocks of the language model: 8 (smol) or 30 (smol-30).")
     ] = 8,
     steps: Annotated[int, typer.Option("--steps", help="Steps of the projector's training.")] = 0,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Matrix products in bfloat16, for processors that have them.")
+    ] = False,
     hub: Annotated[bool, typer.Option("--hub", help="Fetch what is not given from the hub.")] = False,
 ) -> None:
     """Build a pretrained base in the cache and train its projector."""
@@ -27,10 +30,10 @@ def prepare(
     from workloads.training import smol
 
     out = console()
-    recipe = smol.Recipe(num_steps=steps) if steps else smol.Recipe()
+    recipe = smol.Recipe(num_steps=steps or smol.Recipe.num_steps, bf16=bf16)
     given = {option: place for option, place in (("--lm", lm), ("--tower", tower)) if place}
     words = [f"{option} {place}" for option, place in given.items()]
-    words += [f"--layers {layers}", f"--steps {recipe.num_steps}"] + (["--hub"] if hub else [])
+    words += [f"--layers {layers}", f"--steps {recipe.num_steps}"] + ["--bf16"] * bf16 + ["--hub"] * hub
     command = f"orchestrator prepare {name} {' '.join(words)}"
     folder = smol.prepare(given, layers, recipe, hub, command, lambda text: say(out, text))
     say(out, str(folder))

@@ -157,6 +157,20 @@ def test_a_few_steps_lower_the_loss_of_captions(prepared):
     assert later < first - 0.1
 
 
+def test_in_bfloat16_products_are_rounded_and_weights_are_not(prepared):
+    losses, shifts = {}, {}
+    for bf16 in (False, True):
+        llava = build(ModelConfig(name_or_path="smol"), "fp32")
+        weight = llava.model.model.multi_modal_projector.linear_2.weight
+        losses[bf16] = smol.train(smol.Recipe(num_steps=1, batch=8, threads=1, bf16=bf16), llava, blocks=True)
+        assert {w.dtype for w in llava.model.parameters()} == {torch.float32}
+        shifts[bf16] = weight.detach().clone()
+    assert losses[True] != losses[False]
+    # A product of bfloat16 is rounded by at most 2^-8 of its terms.
+    assert losses[True] == pytest.approx(losses[False], rel=2**-8)
+    assert not torch.equal(shifts[True], shifts[True].bfloat16().float())
+
+
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_captions_and_questions_never_word_counts_places_and_sides(domain):
     told = [smol.sample(domain, smol.Recipe(), i, "train") for i in range(60)]

@@ -30,9 +30,11 @@ def fit(
     stream: Iterable[Sequence[Sample]],
     num_steps: int,
     after_step: Callable[[int], None] = lambda step: None,
+    bf16: bool = False,
 ) -> float:
     """Fit the weights of the optimizers, each with its peak rate, to `num_steps` batches.
 
+    With `bf16` matrix products are in bfloat16, while weights, their gradients and the loss stay in float32.
     Returns the mean loss of the last report, in nats per supervised token.
     """
     weights = [w for optimizer, _ in optimizers for group in optimizer.param_groups for w in group["params"]]
@@ -40,7 +42,8 @@ def fit(
     for step, samples in enumerate(stream, start=1):
         llava.model.train()
         batch = train_batch(samples, llava)
-        losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            losses_N, rows_N = loss.token_losses(lambda inputs: llava.model(**inputs), batch)
         losses_N.mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, settings.clip)
         factor = cosine_with_warmup(step - 1, num_steps, settings.warmup_ratio)
