@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from workloads.errors import UserError
+from workloads.errors import UserError, reason_of
 
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -28,7 +28,7 @@ def write(path: Path, name: str, parts: Sequence[Any], max_length: int) -> Path:
         Path(temporary).chmod(0o644)
         return Path(temporary).replace(path)
     except OSError as error:
-        raise UserError(f"--page: cannot write {path}: {error.strerror}") from None
+        raise UserError(f"--page: cannot write {path}: {reason_of(error)}") from None
 
 
 def render(name: str, parts: Sequence[Any], max_length: int) -> str:

@@ -24,7 +24,7 @@ from dashboards.results import (
     seeds_of,
 )
 from dashboards.runs import Questions, Run, form_shares, read_run, read_stage
-from workloads.errors import UserError, nearest, require
+from workloads.errors import UserError, first_line, nearest, require
 from workloads.record import SCALE_OF, TOP, Scale, is_finished
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _read_uri(uri: str, reference: str, is_run: bool) -> list[CompareRow]:
         key = "tags.fingerprint" if len(reference) == 16 else "attributes.run_id"
         return _trials(client, experiments, f"{key} = '{reference}'")
     except MlflowException as error:
-        raise UserError(f"--tracking-uri: cannot read {uri}: {str(error).splitlines()[0][:160]}") from None
+        raise UserError(f"--tracking-uri: cannot read {uri}: {first_line(error)}") from None
 
 
 def _trials(client: "MlflowClient", experiments: list[str], filter_string: str) -> list[CompareRow]:

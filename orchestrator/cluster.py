@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from orchestrator.study import Resources
-from workloads.errors import UserError, require
+from workloads.errors import UserError, first_line, require
 
 # Read by Ray and its libraries when they are imported or start processes; set for the driver and the workers.
 _ENVIRONMENT = {
@@ -94,7 +94,7 @@ def _join(address: str, resources: Resources, threads: int) -> int:
     except AuthenticationError:
         raise UserError(f"--address: {address} asks for a token; {TOKEN_HINT}") from None
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"--address: no Ray cluster at {address!r} ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--address: no Ray cluster at {address!r} ({first_line(error)})") from None
     cpus = ray.cluster_resources().get("CPU", 0.0)
     need = resources.workers * threads
     require(

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from orchestrator.cluster import TOKEN_HINT, worker_environment
 from orchestrator.store import Store
 from orchestrator.study import Study
-from workloads.errors import UserError
+from workloads.errors import UserError, first_line
 from workloads.record import write_json
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def _client(address: str) -> "JobSubmissionClient":
     except AuthenticationError:
         raise UserError(f"--address: {address} asks for a token; {TOKEN_HINT}") from None
     except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"--address: {address} is not Ray's dashboard ({str(error).splitlines()[0]})"
-        ) from None
+        raise UserError(f"--address: {address} is not Ray's dashboard ({first_line(error)})") from None
 
 
 def _pack(study: Study, folder: Path) -> None:

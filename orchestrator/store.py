@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from workloads.errors import UserError, nearest
+from workloads.errors import UserError, nearest, reason_of
 from workloads.record import is_finished, write_json
 
 STUDY = "study.json"
@@ -64,7 +64,7 @@ class Store:
             with tempfile.NamedTemporaryFile(dir=self.root, prefix=".probe."):
                 pass
         except OSError as error:
-            raise UserError(f"--root: cannot write in {self.root}: {error.strerror}") from None
+            raise UserError(f"--root: cannot write in {self.root}: {reason_of(error)}") from None
 
     def studies(self) -> list[str]:
         """Names of the studies that have started under this root."""

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from workloads.errors import UserError, require, require_known
+from workloads.errors import UserError, first_line, require, require_known
 from workloads.schema import (
     SCHEMA_VERSION,
     AdapterConfig,
@@ -169,7 +169,7 @@ def _section(kind: type, tree: Mapping[str, Any], where: str) -> Any:
         section: Any = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = f"{where}.{error.full_key}" if error.full_key else where
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}: {first_line(error)}") from None
     _finite(dataclasses.asdict(section), where)
     return section
 

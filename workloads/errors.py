@@ -9,6 +9,22 @@ class UserError(Exception):
     """A mistake of the user, told in one line: the key, the value, what is allowed, the nearest match."""
 
 
+# Characters of a library's message that are shown; transformers and Ray write paragraphs.
+_SHOWN = 200
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message that says something, cut to length; its class where none does."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
+
+def reason_of(error: OSError) -> str:
+    """What the system said, without its number and path; of an error that has no such words, its first line."""
+    return error.strerror or first_line(error)
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the choice closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)

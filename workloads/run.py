@@ -15,7 +15,7 @@ from workloads.config import RunConfig, to_tree
 from workloads.data import pool, sources
 from workloads.data.mixture import Slot
 from workloads.data.pool import Pool, Rejected
-from workloads.errors import UserError, require
+from workloads.errors import UserError, reason_of, require
 from workloads.evaluation.answer import answer
 from workloads.llava import tower, vce
 from workloads.llava.build import Llava, build, projector_weights, train_projector
@@ -273,6 +273,6 @@ def _start_folder(config: RunConfig, folder: Path, rejected: list[Rejected]) -> 
                 text = "".join(json.dumps(asdict(bad)) + "\n" for bad in rejected)
                 (folder / record.REJECTED).write_text(text, encoding="utf-8")
         except OSError as error:
-            fault = f"{folder}: cannot be written: {error.strerror}"
+            fault = f"{folder}: cannot be written: {reason_of(error)}"
     if fault := engine.gather_objects(fault)[0]:
         raise UserError(fault)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from workloads.data.cache import ENVIRONMENT_KEY
 from workloads.data.rows import ROW, Row
-from workloads.errors import UserError
+from workloads.errors import UserError, reason_of
 
 # A batch is written at so many rows, or bytes of images.
 _BATCH, _BATCH_BYTES = 1000, 32_000_000
@@ -31,7 +31,7 @@ def dataset(path: Path, rows: Callable[[], Iterable[Row]]) -> datasets.Dataset:
                 if not path.is_file():
                     _write(path, rows())
         except OSError as error:
-            reason = f"cannot write in {path.parent}: {error.strerror or error}; name a folder with room"
+            reason = f"cannot write in {path.parent}: {reason_of(error)}; name a folder with room"
             raise UserError(f"{ENVIRONMENT_KEY}: {reason}") from None
     return datasets.Dataset.from_file(str(path))
 

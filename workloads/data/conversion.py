@@ -21,7 +21,7 @@ from workloads.data import arrow, images, sources, vetting
 from workloads.data.inspection import SPLITS
 from workloads.data.rows import ROW, Row
 from workloads.data.vetting import Verdict
-from workloads.errors import UserError, require
+from workloads.errors import UserError, reason_of, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def convert(data: DataConfig, out: Path) -> list[Converted]:
             (folder / "data.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
             folder.replace(out)
     except OSError as error:
-        raise UserError(f"--out: cannot write in {out.parent}: {error.strerror or error}") from None
+        raise UserError(f"--out: cannot write in {out.parent}: {reason_of(error)}") from None
     return done
 
 

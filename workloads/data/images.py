@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from workloads.errors import reason_of
+
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 256_000_000
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP")
@@ -60,7 +62,7 @@ def read(image: Mapping[str, Any]) -> bytes:
     except FileNotFoundError:
         raise ValueError("image: missing") from None
     except OSError as error:
-        raise ValueError(f"image: cannot be read: {error.strerror}") from None
+        raise ValueError(f"image: cannot be read: {reason_of(error)}") from None
 
 
 def decode(data: bytes) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import Any
 import ijson
 
 from workloads.data.rows import NOT_UTF8
-from workloads.errors import UserError
+from workloads.errors import UserError, reason_of
 
 LINES = (".jsonl", ".ndjson")
 MAX_DEPTH = 64
@@ -43,7 +43,7 @@ def items(path: Path, key: str = "") -> Iterator[Any]:
             else:
                 yield from _of_list(path, iter(lambda: file.read(_CHUNK), b""), key)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
 
 
 def _of_lines(lines: Iterable[bytes]) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from workloads.data import images
 from workloads.data.arrow import locked
 from workloads.data.cache import ENVIRONMENT_KEY
 from workloads.data.rows import IMAGE
-from workloads.errors import UserError
+from workloads.errors import UserError, reason_of
 from workloads.llava.prompt import Prompter, Turn
 
 _BATCH = 64
@@ -68,7 +68,7 @@ def verdicts(path: Path, rows: datasets.Dataset, prompter: Prompter, max_length:
         for i, verdict in zip(again, vet(rows.select(again), prompter, max_length), strict=True):
             found[i] = verdict
     except OSError as error:
-        reason = f"cannot write in {path.parent}: {error.strerror}; name a folder that can be written"
+        reason = f"cannot write in {path.parent}: {reason_of(error)}; name a folder that can be written"
         raise UserError(f"{ENVIRONMENT_KEY}: {reason}") from None
     return found
 

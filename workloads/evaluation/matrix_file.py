@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workloads.errors import UserError, require, require_known
+from workloads.errors import UserError, reason_of, require, require_known
 from workloads.evaluation.continual import Cells, Matrix
 from workloads.record import TOP
 
@@ -68,7 +68,7 @@ def read(path: Path) -> Matrix:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
     try:

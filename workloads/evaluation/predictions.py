@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from workloads.errors import UserError, nearest
+from workloads.errors import UserError, nearest, reason_of
 from workloads.evaluation.scorers import DEFAULT, SCORERS, Scale, Scored, find, score_rows, standard_error
 
 _TEXTS = ("id", "domain", "question_type", "raw")
@@ -126,7 +126,7 @@ def _lines(path: Path) -> Iterator[str]:
             for number, line in enumerate(file, start=1):
                 yield _decoded(line, f"{path} line {number}")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {reason_of(error)}") from None
 
 
 def _decoded(line: bytes, where: str) -> str:

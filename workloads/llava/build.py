@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from workloads.config import ModelConfig
-from workloads.errors import UserError, require
+from workloads.errors import UserError, first_line, require
 from workloads.llava import images, kinds, parts, strict
 from workloads.llava.folder import image_processor, resolve
 from workloads.llava.kinds import Model, Processor, Shape, Tiles
@@ -109,7 +109,7 @@ def _read_shape(folder: Path, config: ModelConfig) -> Shape:
     try:
         shape: Any = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model.name_or_path: {folder} has no usable config.json: {reason}") from None
     allowed = f"a model of type {' or '.join(kinds.KINDS)}; {folder} is of type {shape.model_type}"
     require(shape.model_type in kinds.KINDS, "model.name_or_path", config.name_or_path, allowed)
@@ -137,7 +137,7 @@ def _processor(folder: Path, config: ModelConfig, shape: Any) -> Processor:
         kind = kinds.of(shape).processor
         processor = kind.from_pretrained(folder, image_processor=seeing, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model.name_or_path: {folder} has no usable processor: {reason}") from None
     named, given = image_processor(config), type(seeing).__name__
     allowed = f"it needs {named}, and only {given} is installed here"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workloads.data.cache import cache_dir
-from workloads.errors import UserError
+from workloads.errors import UserError, first_line
 from workloads.schema import ModelConfig
 
 POCKET = "pocket"
@@ -71,7 +71,7 @@ def _from_hub(name: str, fetch: bool) -> Path:
         )  # the newest revision that is known here
     except (OSError, ValueError) as error:
         hint = "" if fetch else "; set model.hub to true to fetch it"
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(
             f"model.name_or_path: {name!r} is no folder and its config.json is not to be had: {reason}{hint}"
         ) from None

