@@ -303,7 +303,10 @@ def test_a_new_projector_is_always_the_same_one(whole, tmp_path, monkeypatch):
         ),
         ({"projector": "PLACE/none"}, "none: no such file or folder"),
         ({"projector": "PLACE/lm"}, "model.projector: .* is not allowed; weights of two layers"),
-        ({"vision_tower": "PLACE/lm"}, "model.vision_tower: .* is not allowed; a vision tower of images"),
+        (
+            {"vision_tower": "PLACE/lm"},
+            "model.vision_tower: .* not allowed; a vision tower of type clip_.*llama$",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_told(change, expected, whole, tmp_path):
@@ -312,6 +315,13 @@ def test_parts_that_do_not_fit_are_told(change, expected, whole, tmp_path):
     tree = {"adapter": {"name": "lora"}, "data": {"mixture": {"general": 1.0}}}
     with pytest.raises(UserError, match=expected):
         build(from_tree({**tree, "model": {**whole[0], **change}}).model, "fp32")
+
+
+def test_a_tower_with_registers_whose_tokens_nobody_counts_is_refused(whole, tmp_path):
+    path = tmp_path / "parts" / "tower" / "config.json"
+    path.write_text(json.dumps({"model_type": "dinov2_with_registers"}))
+    with pytest.raises(UserError, match="model.vision_tower: .* it is of type dinov2_with_registers$"):
+        build(ModelConfig(**whole[0]), "fp32")
 
 
 @pytest.mark.parametrize(

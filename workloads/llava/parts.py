@@ -44,6 +44,9 @@ _TEMPLATE = (
     "{% else %}ASSISTANT: {% generation %}{{ said }} {% endgeneration %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 ).replace("{{ system }}", _SYSTEM)
+# Type of a tower -> whether a class token is in front of its patches, which the projector does not read. Of other
+# types transformers' LLaVA does not count the tokens (those with registers) or cannot take the features.
+_TOWERS = {"clip_vision_model": True, "dinov2": True, "siglip_vision_model": False}
 # Names of a projector in LLaVA's releases and in transformers -> the layer's name here.
 _PROJECTOR = re.compile(r"^(?:.*\.)?(?:(?:mm_projector\.)?([02])|linear_([12]))\.(weight|bias)$")
 
@@ -110,8 +113,8 @@ def _tokenizer(folder: Path) -> Any:
 def _shape(speaks: Path, sees: Path, tokenizer: Any) -> LlavaConfig:
     text, vision = _config(speaks, "model.language_model"), _config(sees, "model.vision_tower")
     vision = getattr(vision, "vision_config", vision)
-    allowed = "a vision tower of images, such as CLIP's"
-    require(hasattr(vision, "patch_size"), "model.vision_tower", str(sees), allowed)
+    allowed = f"a vision tower of type {' or '.join(_TOWERS)}; it is of type {vision.model_type}"
+    require(vision.model_type in _TOWERS, "model.vision_tower", str(sees), allowed)
     text.vocab_size = max(text.vocab_size, len(tokenizer))
     text.pad_token_id = tokenizer.pad_token_id
     return config_of(text, vision, tokenizer)
@@ -131,7 +134,7 @@ def config_of(text: Any, vision: Any, tokenizer: Any) -> LlavaConfig:
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE),
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if _has_class(vision) else "full",
+        vision_feature_select_strategy="default" if _TOWERS[vision.model_type] else "full",
         tie_word_embeddings=text.tie_word_embeddings,
         architectures=["LlavaForConditionalGeneration"],
     )
@@ -139,7 +142,7 @@ def config_of(text: Any, vision: Any, tokenizer: Any) -> LlavaConfig:
 
 def processor_of(seeing: Any, tokenizer: Any, vision: Any, template: str) -> LlavaProcessor:
     """What turns pictures and conversations into the inputs of a LLaVA whose tower has the configuration `vision`."""
-    has_class = _has_class(vision)
+    has_class = _TOWERS[vision.model_type]
     return LlavaProcessor(
         image_processor=seeing,
         tokenizer=tokenizer,
@@ -149,11 +152,6 @@ def processor_of(seeing: Any, tokenizer: Any, vision: Any, template: str) -> Lla
         image_token=IMAGE,
         num_additional_image_tokens=int(has_class),
     )
-
-
-def _has_class(vision: Any) -> bool:
-    """Whether the tower has a class token in front of its patches, which the projector does not read."""
-    return vision.model_type in ("clip_vision_model", "dinov2")
 
 
 def _config(folder: Path, key: str) -> Any:
