@@ -68,7 +68,7 @@ class StudyResults:
     # Arm -> domain -> item scores; arms that run in stages are left out.
     scores: dict[str, dict[str, ItemScores]]
     curves: dict[str, Curves]
-    # wall_seconds, slots, overhead; empty until the driver has written them.
+    # wall_seconds, ahead_seconds, slots, overhead; empty until the driver has written them.
     time: dict[str, float]
     # Domain -> share of outputs that have the form of its answers; runs that end a stream, or are outside every order.
     forms: dict[str, dict[str, float]]

@@ -98,8 +98,12 @@ def make(trees: list[dict[str, Any]], part: int, parts: int) -> Iterator[tuple[A
 
 
 def makers(crews: Sequence[Crew], room: Mapping[str, int], limit: int) -> Iterator[Maker]:
-    """The makers of every crew that lacks something: one or more, spread over its nodes."""
+    """The makers of every crew that lacks something: one or more, spread over its nodes.
+
+    Of more crews than can work at once those with most room: trials run on no more nodes than that at once.
+    """
     lacking = [crew for crew in crews if crew.lacking]
+    lacking = sorted(lacking, key=lambda crew: -sum(room[node] for node in crew.nodes))[:limit]
     for crew in lacking:
         rounds = range(max(room[node] for node in crew.nodes))
         places = [node for number in rounds for node in crew.nodes if room[node] > number]
@@ -166,12 +170,15 @@ def _work(
 
 
 def _on(node: str, function: Any, need: Mapping[str, float] | None = None) -> Any:
-    """A function as a task of one node, which needs next to nothing by default."""
+    """A function as a task of one node, which needs next to nothing by default.
+
+    The process of one with needs ends with it, and gives back what it holds of a GPU.
+    """
     place, given = NodeAffinitySchedulingStrategy(node, soft=False), need or {}
     cpus, gpus = given.get("CPU", 0.0), given.get("GPU", 0.0)
-    return ray.remote(function).options(
-        num_cpus=cpus, num_gpus=gpus, max_retries=0, scheduling_strategy=place
-    )
+    return ray.remote(
+        num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=int(bool(need)), scheduling_strategy=place
+    )(function)
 
 
 def _first(token: str) -> Path:

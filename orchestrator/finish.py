@@ -20,6 +20,8 @@ def show(folder: Path, store: Store, out: Console, uri: str) -> None:
     used = study["time"]
     if used["run_seconds"]:
         text = f"Time: {used['wall_seconds']:.0f} s with {used['slots']} trials at once"
+        ahead = used.get("ahead_seconds", 0.0)
+        text += f", {ahead:.0f} of them for features ahead" if ahead >= 1 else ""
         say(out, f"{text}; runs took {used['run_seconds']:.0f} s, overhead {used['overhead']:.2f}")
     shared = sharing(study["trials"], store)
     if shared.num_asked:

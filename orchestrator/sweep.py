@@ -125,13 +125,16 @@ def _train(
         signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGTERM, stop)
-    slots = 0
+    slots, made = 0, 0.0
     try:
         with cluster.connected(
             study.resources, threads, options.address, ledger.path.parent / "driver.log"
         ) as slots:
-            configs = foreseen(study, todo)
-            ahead.build(configs, study.resources, slots, progress, is_local=not options.address)
+            configs, start = foreseen(study, todo), time.time()
+            try:
+                ahead.build(configs, study.resources, slots, progress, is_local=not options.address)
+            finally:
+                made = time.time() - start
             if study.search:
                 run_search(study, store, watcher, slots)
             else:
@@ -139,18 +142,23 @@ def _train(
     finally:
         signal.signal(signal.SIGTERM, before)
         ledger.interrupt(time.time())
-        _account(ledger, store, watcher.ended, begin, slots)
+        _account(ledger, store, watcher.ended, time.time() - begin, made, slots)
         shutil.rmtree(ledger.path.parent / SCRATCH, ignore_errors=True)
 
 
-def _account(ledger: Ledger, store: Store, ended: list[str], begin: float, slots: int) -> None:
-    """Add this sweep to the study's time; overhead is (wall x slots - run times) / run times."""
+def _account(ledger: Ledger, store: Store, ended: list[str], wall: float, made: float, slots: int) -> None:
+    """Add this sweep's seconds to the study's time, `made` of which went into features ahead of the runs.
+
+    Overhead is ((wall - ahead) x slots - run times) / run times.
+    """
     used = ledger.tree["time"]
-    used["wall_seconds"] += time.time() - begin
+    used["wall_seconds"] += wall
+    used["ahead_seconds"] = used.get("ahead_seconds", 0.0) + made
     used["slots"] = slots
     used["run_seconds"] += sum(load(store.run_folder(key)).cost.seconds for key in ended)
     run = used["run_seconds"]
-    used["overhead"] = (used["wall_seconds"] * slots - run) / run if run else 0.0
+    spent = (used["wall_seconds"] - used["ahead_seconds"]) * slots
+    used["overhead"] = (spent - run) / run if run else 0.0
     ledger.write()
 
 

@@ -1,5 +1,7 @@
 """What runs look up, made ahead: a run then computes no feature itself, and what is not whole is made anew."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -118,6 +120,22 @@ def test_runs_that_see_alike_load_the_base_once(world, monkeypatch):
     totals, _ = made([world(), half])
     assert [dtype for _, dtype in built[1:]] == ["fp32", "bf16", "fp32", "bf16"]
     assert totals == {"features": 5 + 10 + 2 * 3}
+
+
+def test_of_several_bases_one_is_in_memory_at_a_time(world, monkeypatch):
+    real, alive, most = ahead.build, weakref.WeakSet(), []
+
+    def build(*words):
+        gc.collect()
+        most.append(len(alive))
+        llava = real(*words)
+        alive.add(llava.model)
+        return llava
+
+    monkeypatch.setattr(ahead, "build", build)
+    made([world(), replace(world(), optim=replace(world().optim, dtype="bf16"))])
+    # Each is loaded to look, and those with rows to make once more; none while another is held.
+    assert most == [0, 0, 0, 0]
 
 
 def test_cues_and_the_blind_baseline_have_rows_of_their_own_and_verdicts_in_common(world, tmp_path):

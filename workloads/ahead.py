@@ -5,10 +5,10 @@ run makes itself.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 
@@ -47,7 +47,7 @@ def make(configs: Sequence[RunConfig], part: int = 0, parts: int = 1) -> Iterato
     for config in meeting.distinct(configs).values():
         groups[meeting.base(config)].append(config)
     bases = [_Base(runs) for runs in groups.values()]
-    load = lru_cache(maxsize=1)(_Base.load)
+    load = _one_at_a_time()
     for base in bases:
         try:
             yield from base.vet(load(base), part, parts)
@@ -57,6 +57,19 @@ def make(configs: Sequence[RunConfig], part: int = 0, parts: int = 1) -> Iterato
     for base in bases:
         if base.rows:
             yield from base.fill(load(base), part, parts)
+
+
+def _one_at_a_time() -> Callable[["_Base"], Llava]:
+    """What loads a base, or has it still; another one is let go first, so that there is one in memory."""
+    held: dict[_Base, Llava] = {}
+
+    def load(base: _Base) -> Llava:
+        if base not in held:
+            held.clear()
+            held[base] = base.load()
+        return held[base]
+
+    return load
 
 
 class _Base:

@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -110,6 +112,22 @@ def test_a_file_that_has_just_changed_is_not_kept(cache, reads, tmp_path):
         forget()
         hashes.sha256(path)
     assert reads == [path, path]
+    assert not (cache / "digests").exists()
+
+
+def test_a_file_that_had_just_changed_when_its_reading_began_is_not_kept_however_long_that_takes(
+    cache, tmp_path, monkeypatch
+):
+    path, real, late = large(tmp_path / "weights"), hashes._read, time.time() + 60
+    clock = SimpleNamespace(time=time.time)
+    monkeypatch.setattr(hashes, "time", clock)
+
+    def slow(path):
+        clock.time = lambda: late
+        return real(path)
+
+    monkeypatch.setattr(hashes, "_read", slow)
+    hashes.sha256(path)
     assert not (cache / "digests").exists()
 
 

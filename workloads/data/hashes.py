@@ -61,8 +61,9 @@ def _digest(path: Path, state: tuple[int, ...]) -> str:
     key = json.dumps([str(path), *state])
     found = _kept(kept, key)
     if not found:
-        found = _read(path)
+        # Before the file is read: a change in the same tick as its times may come while that takes.
         settled = time.time() - max(state[2:]) / 1e9 > _SETTLED
+        found = _read(path)
         if settled and _state(path.stat()) == state:
             with suppress(OSError):  # the file is read again next time
                 record.write_json(kept, {"key": key, "digest": found, "check": _check(key, found)})
