@@ -37,6 +37,7 @@ def reference(sets):
     var_seed, var_item = max(seeds - rest, 0.0), max(items - rest, 0.0)
     variance = var_seed + var_item + rest
     df = variance**2 / ((var_seed + rest) ** 2 / (num_seeds - 1) + items_df + rest_df)
+    df = max(df, min(num_seeds, *(len(table[0]) for table in sets)) - 1)
     return grand, stats.t.ppf(0.975, df) * math.sqrt(variance), df
 
 
@@ -49,7 +50,7 @@ def draw(rng, num_seeds, num_items, seed_sd, item_sd, rest_sd):
 
 
 @pytest.mark.parametrize("effects", [(0.1, 0.3, 0.4), (0.0, 0.3, 0.4), (0.2, 0.0, 0.4), (0.0, 0.0, 1.0)])
-@pytest.mark.parametrize("sizes", [(2, (7,)), (3, (11,)), (8, (20, 9, 5))])
+@pytest.mark.parametrize("sizes", [(2, (7,)), (3, (3,)), (3, (11,)), (8, (20, 9, 5))])
 def test_interval_equals_sums_written_out(effects, sizes):
     num_seeds, num_items = sizes
     rng = np.random.default_rng(5)
@@ -83,6 +84,27 @@ def test_95_percent_intervals_hold_the_truth_in_95_percent(num_seeds, effects, h
     hits = sum(covers(draw(rng, num_seeds, 60, *effects), 0.0, interval) for _ in range(draws))
     # Monte-Carlo standard error 0.44 points; 0.925 leaves room for Satterthwaite's approximation at 3 seeds.
     assert 0.925 <= hits / draws <= highest
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (3, 5), (5, 3)])
+@pytest.mark.parametrize(
+    "effects",
+    [(1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (0.0, 2.0, 1.0), (2.0, 0.0, 1.0), (0.0, 1.0, 0.3)],
+)
+def test_few_seeds_crossed_with_few_orders_hold_the_truth_in_95_percent(sizes, effects):
+    rng = np.random.default_rng(14)
+    draws = 1500
+    hits = sum(covers(draw(rng, *sizes, *effects), 0.0, interval) for _ in range(draws))
+    # Monte-Carlo standard error 0.56 points.
+    assert hits / draws >= 0.935
+
+
+@pytest.mark.parametrize("num_seeds", [2, 3, 4])
+def test_degrees_of_freedom_are_never_fewer_than_those_of_the_smaller_side(num_seeds):
+    rng = np.random.default_rng(15)
+    for num_items in (2, 3, 9):
+        found = [interval(draw(rng, num_seeds, num_items, 0.0, 1.0, 1.0)) for _ in range(200)]
+        assert min(each.df for each in found) >= min(num_seeds, num_items) - 1
 
 
 @pytest.mark.parametrize("num_seeds", [3, 5, 8])

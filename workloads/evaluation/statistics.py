@@ -3,7 +3,9 @@
 Source:  Two-way crossed random effects (items crossed with seeds, as words with subjects in Clark 1973, "The
          language-as-fixed-effect fallacy"); degrees of freedom after Satterthwaite 1946.
 Differs: a variance component that is estimated below 0 counts as 0, so that an interval is never narrower
-         than the one over seeds alone or the one over items alone.
+         than the one over seeds alone or the one over items alone. Degrees of freedom are no fewer than those of
+         seeds or items alone, whichever are fewer: Satterthwaite's fall below them where the rest is subtracted
+         (to 1 for 3 seeds x 3 orders of a stream), and intervals then hold the truth far more often than 95 %.
 
 The model of a score is y[s, i] = mean + seed[s] + item[i] + rest[s, i]. A t-interval over the seeds' means
 takes the items for the whole population; an interval over items takes the trained networks for it. Neither is
@@ -108,8 +110,9 @@ def _crossed(sets_SI: Sequence[FloatArray], mean_S: FloatArray) -> tuple[float, 
     seeds = max(seeds, rest)
     variance = seeds + max(items - rest, 0.0)
     spread = seeds**2 / (num_seeds - 1) + items_over_df + rest_over_df
+    least = min(num_seeds, *(values_SI.shape[1] for values_SI in sets_SI)) - 1
     # No variation at all: any degrees of freedom give the same interval of width 0.
-    return variance, variance**2 / spread if spread > 0 else num_seeds - 1
+    return variance, max(variance**2 / spread, least) if spread > 0 else num_seeds - 1
 
 
 def _mean_squares(values_SI: FloatArray, num_sets: int) -> tuple[float, float]:
