@@ -176,7 +176,8 @@ def _on(node: str, function: Any, need: Mapping[str, float] | None = None) -> An
     """
     place, given = NodeAffinitySchedulingStrategy(node, soft=False), need or {}
     cpus, gpus = given.get("CPU", 0.0), given.get("GPU", 0.0)
-    return ray.remote(
+    remote: Any = ray.remote  # its hints know one kind of strategy
+    return remote(
         num_cpus=cpus, num_gpus=gpus, max_retries=0, max_calls=int(bool(need)), scheduling_strategy=place
     )(function)
 
