@@ -119,12 +119,7 @@ def _train(
     watcher = Watcher(ledger, store, progress)
     begin = time.time()
 
-    def stop(*_: object) -> None:
-        # Whoever sends SIGTERM, as Ray Jobs does, may not wait for Tune to end: write the state down first.
-        ledger.interrupt(time.time())
-        signal.raise_signal(signal.SIGINT)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, lambda *_: _stop(ledger))
     slots, made = 0, 0.0
     try:
         with cluster.connected(
@@ -144,6 +139,15 @@ def _train(
         ledger.interrupt(time.time())
         _account(ledger, store, watcher.ended, time.time() - begin, made, slots)
         shutil.rmtree(ledger.path.parent / SCRATCH, ignore_errors=True)
+
+
+def _stop(ledger: Ledger) -> None:
+    """End the sweep as ctrl-C does."""
+    # Whoever sends SIGTERM, as Ray Jobs does, may not wait for Tune to end: write the state down first.
+    ledger.interrupt(time.time())
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a job that a script put in the background
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def _account(ledger: Ledger, store: Store, ended: list[str], wall: float, made: float, slots: int) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from orchestrator.store import Store
+from orchestrator.sweep import _stop
 from orchestrator.tracking import make_client, tracking_uri
 from workloads.record import load, read_events
 
@@ -131,6 +133,18 @@ def test_ctrl_c_and_kill_9_in_mid_run_lose_nothing_that_was_recorded(write_study
         assert children[arm].info.status == "FINISHED"
     sync = json.loads((store.study_folder("tiny") / "sync.json").read_text())
     assert len(sync["uris"]) == 1
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_sigterm_writes_the_state_down_and_ends_a_sweep_even_where_a_script_ignores_ctrl_c(handler):
+    written = []
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _stop(SimpleNamespace(interrupt=written.append))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert written == [pytest.approx(time.time(), abs=60)]
 
 
 def test_a_search_draws_equal_points_for_all_arms_and_seeds_and_stops_some_early(
