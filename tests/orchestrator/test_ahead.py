@@ -3,15 +3,18 @@
 import io
 import re
 from collections import deque
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 import yaml
 from ray.exceptions import RayTaskError, WorkerCrashedError
 from rich.console import Console
 
-from orchestrator import ahead, sizing
+from orchestrator import ahead, sizing, sweep, tuner
 from orchestrator.ahead import Crew, makers
 from orchestrator.progress import Progress
 from orchestrator.store import Store
@@ -22,8 +25,8 @@ from tests.data import writers
 from tests.llava import checkpoints
 from workloads import meeting
 from workloads.data.cache import ENVIRONMENT_KEY
+from workloads.data.features import Features
 from workloads.errors import UserError
-from workloads.record import load as load_record
 from workloads.run import run
 
 # Records to train on, and items; of the set whose last record has two pictures as well.
@@ -98,23 +101,28 @@ def filled(cache):
     )
 
 
-def test_a_sweep_fills_every_cache_folder_first_and_its_records_are_those_without(
-    study, command, nodes, tmp_path, monkeypatch
+def test_every_cache_folder_is_filled_and_a_run_finds_there_what_it_would_make(
+    study, nodes, tmp_path, monkeypatch
 ):
     address, *caches = nodes
     monkeypatch.setenv(ENVIRONMENT_KEY, str(tmp_path / "driver"))
-    store = Store(tmp_path / "studies")
     other = {f"data.domains.things.{key}": value for key, value in place("twins").items()}
-    arms = {"twins": {"method": "lora", "set": other}, "lora": {}}
-    made = study(arms=arms, resources={"slots": 4})
-    code, out, err, _ = command("sweep", made, "--root", store.root, "--address", address)
-    assert code == 1, err
+    made = load(str(study(arms={"twins": {"method": "lora", "set": other}, "lora": {}})))
+    configs = {trial.arm: trial.config for trial in expanded(made)}
+    twins, lora = configs["twins"], configs["lora"]
+    console = Console(file=io.StringIO(), width=200)
+    ray.init(address=address, log_to_driver=False)
+    try:
+        ahead.build([*configs.values()], made.resources, 4, Progress(console, total=2, done=0), is_local=False)
+    finally:
+        ray.shutdown()
+    out = console.file.getvalue()
     # Two folders: each picture twice. The last one of the twins is where its pool is given up.
     total = 2 * (NUM + ITEMS + TWINS + ITEMS)
     # A maker that comes late finds some pools vetted by those that needed them.
     done, of = map(int, re.findall(r"pictures: (\d+)/(\d+) images, ", out)[-1])
     assert 0 < done == of <= total
-    assert f"/{total} images, " in out.split("features: ")[1]
+    assert re.findall(r"features: \d+/(\d+) images, ", out)[-1] == str(total)
     fault = "execution.feature_cache: true is not allowed; twins has 2 images, and features are kept of exactly one"
     assert out.count(f"features of some runs are not made ahead: {fault}") == 1
     assert out.count("not made ahead") == 1
@@ -124,18 +132,39 @@ def test_a_sweep_fills_every_cache_folder_first_and_its_records_are_those_withou
         assert there == [(ITEMS, ITEMS), (ITEMS, ITEMS), (NUM, NUM)]
         assert not [*cache.glob(".ahead-*")]
     assert not (tmp_path / "driver" / "features").exists()
-    assert f"twins/0 failed: {fault}" in out
-    (trial,) = expanded(load(str(study("alone", cached=False))))
-    alone = run(trial.config, lambda metrics, folder: None, tmp_path / "alone")
-    folder = store.run_folder(trial.fingerprint)
-    for part in ("scores", "train_loss", "routing", "stream_hash", "eval_hash", "sample_shares"):
-        assert getattr(load_record(folder), part) == getattr(alone, part), part
-    said = [(each / "predictions.jsonl").read_bytes() for each in (tmp_path / "alone", folder)]
-    assert said[0] == said[1]
     # What the plan foretells is what its features take.
     lines = sizing.sizing(load(str(study("planned", seeds=[7, 8])))).lines
     size = (NUM + ITEMS) * width / 1e6
     assert any(line.endswith(f"; features of {NUM + ITEMS} images: {size:.1f} MB") for line in lines)
+    alone = replace(lora, execution=replace(lora.execution, feature_cache=False))
+    results = {"alone": run(alone, lambda metrics, folder: None, tmp_path / "alone")}
+    monkeypatch.setattr(Features, "write", None)
+    for number, cache in enumerate(caches):
+        monkeypatch.setenv(ENVIRONMENT_KEY, str(cache))
+        results[number] = run(lora, lambda metrics, folder: None, tmp_path / str(number))
+    with pytest.raises(UserError, match=re.escape(fault)):
+        run(twins, lambda metrics, folder: None, tmp_path / "twins")
+    for part in ("scores", "train_loss", "routing", "stream_hash", "eval_hash", "sample_shares"):
+        first, *others = (getattr(result, part) for result in results.values())
+        assert others == [first, first], part
+    said = [(tmp_path / str(name) / "predictions.jsonl").read_bytes() for name in results]
+    assert said == [said[0]] * 3
+
+
+def test_a_sweep_makes_features_of_what_is_to_do_before_the_first_trial(study, tmp_path, monkeypatch):
+    made = load(str(study(seeds=[3, 4])))
+    trials, store, seen = expanded(made), Store(tmp_path / "studies"), []
+    monkeypatch.setattr(sweep.cluster, "connected", lambda *_: nullcontext(2))
+    monkeypatch.setattr(
+        ahead, "build", lambda configs, *_, is_local: seen.append(([c.seed for c in configs], is_local))
+    )
+    monkeypatch.setattr(tuner, "run_list", lambda study, todo, *_: seen.append(len(todo)))
+    finished = trials[0].fingerprint
+    monkeypatch.setattr(store, "finished", lambda key: key == finished)
+    with store.only_driver("tiny") as folder, Progress(Console(file=io.StringIO()), 2, 1) as progress:
+        ledger = sweep.open_ledger(folder, made, trials, store, "")
+        sweep._train(made, trials, 1, store, ledger, progress, sweep.Options())
+    assert seen == [([4], True), 1]
 
 
 def test_of_a_search_every_arm_is_foreseen_with_every_seed(study):
