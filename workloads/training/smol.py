@@ -55,7 +55,7 @@ class Recipe(Fit):
     """Settings of the training."""
 
     seed: int = 0
-    num_steps: int = 128
+    num_steps: int = 900
     batch: int = 16
     # Peak rates of AdamW for the projector, and for the blocks of a language model that was cut.
     lr: float = 2e-3
