@@ -113,7 +113,9 @@ def test_every_cache_folder_is_filled_and_a_run_finds_there_what_it_would_make(
     console = Console(file=io.StringIO(), width=200)
     ray.init(address=address, log_to_driver=False)
     try:
-        ahead.build([*configs.values()], made.resources, 4, Progress(console, total=2, done=0), is_local=False)
+        ahead.build(
+            [*configs.values()], made.resources, 4, Progress(console, total=2, done=0), is_local=False
+        )
     finally:
         ray.shutdown()
     out = console.file.getvalue()
