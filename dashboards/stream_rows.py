@@ -9,7 +9,7 @@ order, a role outside every order and the sensitivity to orders have t-intervals
 Shape letters: S seeds, O orders.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +173,19 @@ def crossed(values_SO: np.ndarray) -> Interval:
     return interval(values_SO) if values_SO.shape[1] > 1 else over_seeds(values_SO[:, 0])
 
 
+def intervals(
+    stream: Stream, found: Sequence[Sequence[Mapping[str, float | None]]], names: Iterable[str]
+) -> Values:
+    """The interval of each metric, of values by order and seed; `None` where one is missing or scales differ."""
+    out: Values = {}
+    for name in names:
+        rows_OS = [[values[name] for values in part] for part in found]
+        known = bool(rows_OS) and scale_of(name, stream) is not None
+        whole = known and all(value is not None for row in rows_OS for value in row)
+        out[name] = crossed(np.array(rows_OS, dtype=np.float64).T) if whole else None
+    return out
+
+
 def _row(stream: Stream, arm: str, order: str, grid: Mapping[str, Sequence[Chain]]) -> StreamRow:
     chains = stream.of(arm, order)
     runs = [run for chain in chains for run in chain.runs if run]
@@ -189,16 +202,8 @@ def _row(stream: Stream, arm: str, order: str, grid: Mapping[str, Sequence[Chain
 
 
 def _values(stream: Stream, grid: Mapping[str, Sequence[Chain]]) -> Values:
-    if not grid:
-        return dict.fromkeys(COLUMNS)
     found = [[values_of(stream, chain) for chain in chains] for chains in grid.values()]
-    out: Values = {}
-    for name in COLUMNS:
-        rows = [[values[name] for values in part] for part in found]
-        scale = scale_of(name, stream)
-        whole = scale is not None and all(value is not None for row in rows for value in row)
-        out[name] = crossed(np.array(rows, dtype=np.float64).T) if whole else None
-    return out
+    return intervals(stream, found, COLUMNS)
 
 
 def _bounds(stream: Stream) -> list[BoundRow]:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.results import StudyResults
-from dashboards.stream_differences import PAIRED, differences
+from dashboards.stream_differences import PAIRED, Difference, differences
 from dashboards.stream_rows import COLUMNS, ROLES, StreamRow, StreamSummary, scale_of, summarise_stream
 from dashboards.streams import Stream, missing_lines, stream_of
 from dashboards.units import NO_MEAN, UNITS, bracket, signed, spread, with_spread
@@ -26,7 +26,8 @@ def stream_parts(results: StudyResults) -> list[RenderableType]:
         return []
     found = summarise_stream(stream)
     parts: list[RenderableType] = [_main_table(found), _order_table(found)]
-    parts += [_difference_table(stream)] if len(stream.arms) > 1 and stream.scale else []
+    if rows := differences(stream):
+        parts.append(_difference_table(stream, rows))
     parts += [Text(line) for line in scale_lines(stream)]
     return parts + [Text(f"missing: {line}", style="red") for line in missing_lines(stream)]
 
@@ -96,16 +97,15 @@ def _order_table(found: StreamSummary) -> Table:
     return table
 
 
-def _difference_table(stream: Stream) -> Table:
+def _difference_table(stream: Stream, rows: Sequence[Difference]) -> Table:
     table = _table("Differences between arms, paired over orders and seeds, with 95 % intervals")
     table.add_column("arm − arm")
     table.add_column("orders × seeds", justify="right")
     for name in PAIRED:
         table.add_column(COLUMNS[name].heading, justify="right")
-    for row in differences(stream):
-        size = f"{row.num_orders} × {row.num_seeds}" if row.num_orders else "–"
+    for row in rows:
         cells = [_paired(row.values[name], stream.scale) for name in PAIRED]
-        table.add_row(*(Text(cell) for cell in (f"{row.arm} − {row.against}", size, *cells)))
+        table.add_row(*(Text(cell) for cell in (f"{row.arm} − {row.against}", _size(row), *cells)))
     return table
 
 
@@ -121,7 +121,7 @@ def _sensitivity(found: StreamSummary, arm: str) -> Sequence[str]:
     return (with_spread(part.mean, scale), over_orders, part.worst_order, with_spread(part.worst, scale))
 
 
-def _size(row: StreamRow) -> str:
+def _size(row: StreamRow | Difference) -> str:
     """Orders and seeds that the row's numbers are over."""
     return f"{row.num_orders} × {row.num_seeds}" if row.num_orders else "–"
 

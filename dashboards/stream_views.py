@@ -117,7 +117,7 @@ def view_of(results: StudyResults) -> StreamView | None:
             for name, column in COLUMNS.items()
         },
         roles=ROLES,
-        differences=differences(stream) if stream.scale else (),
+        differences=differences(stream),
         paired={name: COLUMNS[name].heading for name in PAIRED},
         arms=tuple(_arm_view(stream, arm) for arm in stream.arms if _chosen(stream, arm)),
         orders=orders,
